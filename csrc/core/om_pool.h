@@ -1,0 +1,67 @@
+/*
+ * om_pool: host memory as a growable set of segments.
+ *
+ * A request above OM_POOL_SMALL gets a segment of its own; smaller ones share 2 MiB segments, each
+ * with an arena (granule OM_PAGE). A segment whose last extent is freed stays mapped and populated
+ * in a cache (so that a ring of equal units never faults a page again) until the limit, a trim or
+ * the decay takes it back. Everything mapped counts in the limit, cached segments too: a limit is
+ * bytes that really exist. Passive: the caller holds the store lock. Segments are reference
+ * counted (atomic), since an exported view may outlive the pool: the last unref unmaps.
+ */
+#ifndef OM_POOL_H
+#define OM_POOL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/om_list.h"
+#include "core/om_arena.h"
+
+#define OM_POOL_SMALL (UINT64_C(256) << 10)
+#define OM_POOL_SHARED (UINT64_C(2) << 20)
+
+struct om_segment {
+	struct om_list link;     /* pool's live (dedicated or shared) or cached list */
+	void *base;
+	uint64_t bytes;          /* mapped */
+	uint64_t populated;      /* atomic: pages of [0, populated) are faulted in */
+	struct om_arena *arena;  /* shared segments; NULL when dedicated */
+	uint64_t used;           /* bytes of extents handed out */
+	uint64_t freed_ns;       /* cached: since when */
+	unsigned refs;           /* atomic: 1 of the pool (live or cached) + one an extent's export */
+};
+
+struct om_extent { /* bytes of host memory: a whole number of pages, page aligned */
+	struct om_segment *segment; /* NULL: none */
+	void *ptr;
+	uint64_t bytes; /* what it takes from the limit: >= the bytes asked for */
+};
+
+struct om_pool {
+	uint64_t limit_bytes;
+	uint64_t used_bytes;   /* sum of extents handed out */
+	uint64_t mapped_bytes; /* sum of segments, cached ones included */
+	struct om_list shared, dedicated, cached;
+};
+
+void om_pool_init(struct om_pool *p, uint64_t limit_bytes);
+/* Cached and empty segments go; segments with live extents are left to their exports. */
+void om_pool_fini(struct om_pool *p);
+/* Bytes (rounded up to pages). Order: for a small request a shared segment with a hole, then a cached shared
+ * segment, then a new one; for a large one the best cached segment of at most 1.25x the size, then
+ * a new mapping while mapped + size <= limit, then any cached segment that is large enough
+ * (smallest first), then cached ones are unmapped until a new mapping fits.
+ * OM_ELIMIT (with details) when mapped - cached + size > limit; -ENOMEM when the system refuses. */
+int om_pool_alloc(struct om_pool *p, uint64_t bytes, struct om_extent *ret);
+void om_pool_free(struct om_pool *p, struct om_extent *e); /* e->segment becomes NULL */
+/* Could om_pool_alloc succeed now, as far as the limit goes? */
+bool om_pool_fits(const struct om_pool *p, uint64_t bytes);
+/* Unmap cached segments that have been idle since before `freed_before_ns` (UINT64_MAX: all).
+ * Returns the bytes given back. */
+uint64_t om_pool_trim(struct om_pool *p, uint64_t freed_before_ns);
+int om_pool_check(const struct om_pool *p); /* OM_ECORRUPT with the first broken sum */
+
+void om_segment_ref(struct om_segment *s);
+void om_segment_unref(struct om_segment *s); /* any thread, no lock: the last one unmaps */
+
+#endif

@@ -1,0 +1,134 @@
+"""Configuration: frozen dataclasses, checked at construction, and sizes as people write them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import Any, Self
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_MAX = 2**62
+
+
+def parse_size(size: int | str, what: str = "size") -> int:
+    """Bytes from an int or a string such as "2GiB", "512 MB" or "4096".
+
+    Raises
+    ------
+    TypeError
+        Neither an int nor a str.
+    ValueError
+        Negative, too large, or not a size.
+    """
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        unit = match and _UNITS.get(match[2].lower())
+        if not match or not unit:
+            raise ValueError(f"{what}={size!r} is no size: write bytes or a number with KiB..TiB")
+        value = int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
+    elif isinstance(size, bool) or not hasattr(size, "__index__"):
+        raise TypeError(f"{what} must be an int (bytes) or a str such as '2GiB', not {size!r}")
+    else:
+        value = size.__index__()
+    if not 0 <= value <= _MAX:
+        raise ValueError(f"{what}={size!r} must lie between 0 and {_MAX} bytes")
+    return value
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes for people: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} TiB"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """What a `Store` may use. Sizes are bytes, or strings such as "2GiB" (kept as bytes)."""
+
+    host_limit: int | str = "2GiB"
+    """RAM for blocks: everything mapped counts. The process grows by this and its bookkeeping."""
+
+    disk_limit: int | str = "8GiB"
+    """Most bytes of the nameless swap file, grown when needed. 0: no block without an origin
+    is ever moved out."""
+
+    directory: str | os.PathLike[str] | None = None
+    """Where the swap file lives; None: $XDG_CACHE_HOME/omnimem or ~/.cache/omnimem."""
+
+    io_backend: str = "auto"
+    """"auto" (io_uring if a real probe passes, else threads), "uring" or "threads"."""
+
+    verify: str = "always"
+    """"always": each later fill is compared with the checksum of the first; "first": only the
+    first re-fill of a block is."""
+
+    io_window: int | str = "16MiB"
+    """Bytes in flight: what keeps a disk busy."""
+
+    io_request: int | str = "1MiB"
+    """Bytes of one request, 64 KiB to 1 MiB, a multiple of 4 KiB."""
+
+    io_threads: int = 8
+    """Threads of the thread back end."""
+
+    def __post_init__(self) -> None:
+        for name in ("host_limit", "disk_limit", "io_window", "io_request"):
+            object.__setattr__(self, name, parse_size(getattr(self, name), name))
+        if self.host_limit < 1 << 20:
+            raise ValueError(f"host_limit={self.host_limit} is below the least, 1 MiB")
+        _one_of("io_backend", self.io_backend, ("auto", "uring", "threads"))
+        _one_of("verify", self.verify, ("always", "first"))
+        if not (64 << 10) <= self.io_request <= (1 << 20) or self.io_request % 4096:
+            raise ValueError(
+                f"io_request={self.io_request} must be a multiple of 4096 from 65536 to 1048576"
+            )
+        if not self.io_request <= self.io_window <= (1 << 30):
+            raise ValueError(
+                f"io_window={self.io_window} must lie between io_request={self.io_request} and 1 GiB"
+            )
+        if not 1 <= self.io_threads <= 64:
+            raise ValueError(f"io_threads={self.io_threads} must lie between 1 and 64")
+        if self.directory is not None:
+            object.__setattr__(self, "directory", os.fspath(self.directory))
+
+    @classmethod
+    def from_env(cls, **overrides: Any) -> Self:
+        """Fields from OMNIMEM_HOST_LIMIT, OMNIMEM_IO_BACKEND, ...; `overrides` win.
+
+        Raises
+        ------
+        ValueError
+            A variable holds what its field refuses; the message names the variable.
+        """
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            text = os.environ.get(f"OMNIMEM_{field.name.upper()}")
+            if text is None or field.name in overrides:
+                continue
+            try:
+                values[field.name] = int(text) if field.name == "io_threads" else text
+                cls(**{field.name: values[field.name]})
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"OMNIMEM_{field.name.upper()}={text!r}: {error}") from None
+        return cls(**values, **overrides)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
