@@ -1,0 +1,348 @@
+"""Checkpoints: safetensors files and Hugging Face folders, described without reading their data.
+
+``open`` checks every header (see ``_safetensors``) and the folder's index, and holds no file open.
+Tensors are grouped into units, one for each module that is loaded as a whole: a decoder layer, a
+vision block, a merger, an embedding, a head. ``read`` brings one tensor into memory through a store
+of the checkpoint's own, in place, without mapping the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ._safetensors import HEADER_CAP, FileIdentity, TensorInfo, parse_json, read_header
+from .errors import ClosedError, CorruptError, FormatError
+
+if TYPE_CHECKING:
+    from . import Lease, Store
+
+__all__ = ["Checkpoint", "TensorInfo", "Unit", "open", "unit_names"]
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_STORE_SLACK = 64 << 20
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that are needed together: one module of the model."""
+
+    name: str
+    """Dotted name of the module; empty for parameters of the model itself."""
+    tensors: tuple[str, ...]
+    """Full tensor names in file order."""
+
+
+class Checkpoint:
+    """The tensors of a checkpoint: names, places, units. A context manager.
+
+    Made by :func:`open`. Thread-safe for reading; ``close`` may be called more than once. What
+    ``read`` returned stays valid after ``close``, until its last view goes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: dict[str, TensorInfo],
+        files: dict[str, FileIdentity],
+        metadata: dict[str, str],
+    ) -> None:
+        self.path = path
+        """The file or folder that was opened."""
+        self.metadata = metadata
+        """The headers' ``__metadata__``; a later file's value wins over an earlier one's."""
+        self._tensors = tensors
+        self._files = files
+        self._store: Store | None = None
+        self._closed = False
+
+    def names(self) -> list[str]:
+        """Return all tensor names: files in the order of their names, then by offset."""
+        return list(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return type, shape and place of one tensor.
+
+        Raises
+        ------
+        KeyError
+            The checkpoint has no tensor of this name.
+        """
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise KeyError(f"{self.path}: no tensor named {name!r}; names() lists all") from None
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self._tensors.values())
+
+    @property
+    def files(self) -> list[str]:
+        """Paths of the files that hold the tensors, in order."""
+        return list(self._files)
+
+    def units(self) -> list[Unit]:
+        """Group the tensors by module, in file order of each unit's first tensor."""
+        grouped: dict[str, list[str]] = {}
+        for tensor, unit in unit_names(self._tensors).items():
+            grouped.setdefault(unit, []).append(tensor)
+        return [Unit(name, tuple(tensors)) for name, tensors in grouped.items()]
+
+    def check_unchanged(self, file: str | None = None) -> None:
+        """Check that the files are still those whose headers were read.
+
+        Parameters
+        ----------
+        file : str, optional
+            One path of ``files``; all of them by default.
+
+        Raises
+        ------
+        CorruptError
+            A file is another one, or has another size or time of change, or is gone.
+        """
+        for path in [file] if file is not None else self._files:
+            known = self._files[path]
+            try:
+                now = FileIdentity.of(os.stat(path))
+            except OSError as error:
+                raise CorruptError(
+                    f"{path}: cannot be found any more ({error.strerror}); open the checkpoint "
+                    "again once the file is back"
+                ) from error
+            if now != known:
+                raise CorruptError(
+                    f"{path}: changed since the checkpoint was opened ({known.size} bytes then, "
+                    f"{now.size} now); open it again"
+                )
+
+    def read(self, name: str) -> Lease:
+        """Read one tensor into memory.
+
+        Parameters
+        ----------
+        name : str
+            The tensor.
+
+        Returns
+        -------
+        Lease
+            The bytes: buffer protocol (1-D uint8) and DLPack with type and shape. Types narrower
+            than a byte come as uint8: float4 with its last dimension halved, float6 flat. The
+            memory goes with the last view of it.
+
+        Raises
+        ------
+        KeyError
+            No such tensor.
+        CorruptError
+            The file changed since it was opened.
+        IOFailure
+            The file cannot be read.
+        ClosedError
+            The checkpoint is closed.
+        """
+        info = self.info(name)
+        if self._closed:
+            raise ClosedError(f"{self.path}: the checkpoint is closed; open it again")
+        self.check_unchanged(info.file)
+        store = self._own_store()
+        dtype, shape = _dense_view(info)
+        store.add_file(name, info.file, info.offset, info.nbytes, dtype=dtype, shape=shape)
+        try:
+            return store.lease(name)
+        finally:
+            store.remove(name)
+
+    def _own_store(self) -> Store:
+        if self._store is None:
+            from . import Store, StoreConfig
+
+            largest = max((info.nbytes for info in self._tensors.values()), default=0)
+            limit = self.total_bytes + 2 * largest + _STORE_SLACK
+            self._store = Store(StoreConfig(host_limit=limit))
+        return self._store
+
+    def close(self) -> None:
+        """Give back the store that ``read`` used. Views of what was read stay valid."""
+        self._closed = True
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Checkpoint {os.fspath(self.path)!r}: {len(self._tensors)} tensors, "
+            f"{self.total_bytes} bytes, {len(self._files)} files>"
+        )
+
+
+def open(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a safetensors file or a Hugging Face model folder.
+
+    Parameters
+    ----------
+    path : path-like
+        A ``.safetensors`` file, or a folder with ``model.safetensors`` or with
+        ``model.safetensors.index.json`` and its shards. Symlinks are followed.
+
+    Returns
+    -------
+    Checkpoint
+        All headers are checked; no data has been read.
+
+    Raises
+    ------
+    FormatError
+        A header, the index or the set of shards breaks the format.
+    FileNotFoundError
+        The path does not exist.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise FileNotFoundError(
+            errno.ENOENT, "no such file or folder; give the path of a checkpoint", os.fspath(place)
+        )
+    if not place.is_dir():
+        return _collect(place, [place])
+    if (place / SINGLE_NAME).is_file():
+        return _collect(place, [place / SINGLE_NAME])
+    if (place / INDEX_NAME).is_file():
+        return _open_index(place)
+    raise FormatError(
+        f"{place}: holds neither {SINGLE_NAME} nor {INDEX_NAME}; name the folder that has the "
+        "weights (in a Hugging Face cache: snapshots/<revision>)"
+    )
+
+
+def _collect(place: Path, paths: Iterable[Path]) -> Checkpoint:
+    tensors: dict[str, TensorInfo] = {}
+    files: dict[str, FileIdentity] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        found, extra, identity = read_header(path)
+        for name in found:
+            if name in tensors:
+                raise FormatError(
+                    f"{path}: tensor {name!r} is in {tensors[name].file} too; one of the shards "
+                    "belongs to another checkpoint"
+                )
+        tensors.update(found)
+        metadata.update(extra)
+        files[os.fspath(path)] = identity
+    return Checkpoint(place, tensors, files, metadata)
+
+
+def _open_index(folder: Path) -> Checkpoint:
+    index = folder / INDEX_NAME
+    size = index.stat().st_size
+    if size > HEADER_CAP:
+        raise FormatError(f"{index}: {size} bytes, over the limit of {HEADER_CAP} for an index")
+    weight_map = parse_json(index.read_bytes(), index, "index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: has no weight_map that names the shards; fetch it again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard:
+            raise FormatError(f"{index}: weight_map[{name!r}] is {shard!r}, not a file name")
+        if os.path.isabs(shard) or ".." in shard.split("/") or "\0" in shard:
+            raise FormatError(
+                f"{index}: the shard {shard!r} of tensor {name!r} lies outside the folder; shards "
+                "are named relative to it"
+            )
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise FormatError(
+            f"{folder}: {len(missing)} of {len(shards)} shards are missing: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; fetch them"
+        )
+    checkpoint = _collect(folder, [folder / shard for shard in shards])
+    for name, shard in weight_map.items():
+        if name not in checkpoint:
+            raise FormatError(
+                f"{folder / shard}: has no tensor {name!r}, which {INDEX_NAME} places there; "
+                "fetch both again"
+            )
+        if checkpoint.info(name).file != os.fspath(folder / shard):
+            raise FormatError(
+                f"{checkpoint.info(name).file}: holds tensor {name!r}, which {INDEX_NAME} places "
+                f"in {shard}; fetch both again"
+            )
+    for name in checkpoint.names():
+        if name not in weight_map:
+            raise FormatError(
+                f"{checkpoint.info(name).file}: tensor {name!r} is not in {INDEX_NAME}; fetch "
+                "both again"
+            )
+    return checkpoint
+
+
+def unit_names(names: Iterable[str]) -> dict[str, str]:
+    """Give each parameter name the name of its unit.
+
+    A name is cut at its first component made of digits ("model.layers.3"). A name without one
+    loses its last component, the parameter's own name, and then climbs to the parent module as
+    long as that is no ancestor of a numbered unit ("model.visual.merger.linear_fc1" becomes
+    "model.visual.merger").
+
+    Parameters
+    ----------
+    names : iterable of str
+        Full parameter names.
+
+    Returns
+    -------
+    dict of str to str
+        Unit of each name, in the order given.
+    """
+    split = {name: name.split(".") for name in names}
+    numbered: dict[str, str] = {}
+    ancestors: set[str] = set()
+    for name, parts in split.items():
+        cut = next((at for at, part in enumerate(parts) if part.isascii() and part.isdigit()), None)
+        if cut is not None:
+            numbered[name] = ".".join(parts[: cut + 1])
+            ancestors.update(".".join(parts[:end]) for end in range(1, cut + 1))
+    units: dict[str, str] = {}
+    for name, parts in split.items():
+        end = len(parts) - 1
+        while end > 1 and ".".join(parts[: end - 1]) not in ancestors:
+            end -= 1
+        units[name] = numbered.get(name, ".".join(parts[:end]))
+    return units
+
+
+def _dense_view(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
+    """Return a type of whole bytes and the shape that DLPack consumers can take."""
+    if info.dtype == "float4_e2m1fn_x2":
+        if info.shape and info.shape[-1] % 2 == 0:
+            return "uint8", (*info.shape[:-1], info.shape[-1] // 2)
+        return "uint8", (info.nbytes,)
+    if info.dtype.startswith("float6"):
+        return "uint8", (info.nbytes,)
+    return info.dtype, info.shape
