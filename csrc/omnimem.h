@@ -1,0 +1,208 @@
+/*
+ * omnimem: the core API. Each function is documented here and nowhere else.
+ *
+ * A block is named bytes. A lease is the only right to touch them. A store keeps blocks in HOST
+ * (RAM) and DISK (a nameless swap file, or the block's origin: extents of files that are read in
+ * place). A stream runs a fixed set of units (blocks used together, such as a decoder layer)
+ * through a small ring beside its resident blocks.
+ *
+ * All functions are thread safe unless they say otherwise. Those that return int return 0 or a
+ * negative code and set this thread's error (base/om_error.h). Those that take `deadline_ns`
+ * (om_now() based) may wait; when it passes they return OM_EBUSY with the holders in the error, and
+ * the work goes on: call again to go on waiting. The core never calls back, except `release` of
+ * foreign memory, and that only from om_store_collect.
+ * After fork the child's calls return OM_ECLOSED; releases there are harmless.
+ */
+#ifndef OMNIMEM_H
+#define OMNIMEM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/om_base.h"
+#include "base/om_error.h"
+
+#define OM_MAX_NDIM 16
+#define OM_MAX_NAME 1024
+
+struct om_store;
+struct om_lease;
+struct om_ticket;
+struct om_stream;
+
+/* What a block's bytes mean; remembered, never interpreted by the core. DLPack type codes. */
+struct om_desc {
+	uint8_t code, bits;
+	uint16_t lanes;
+	int32_t ndim; /* -1: unknown, the bytes are uint8[nbytes] */
+	int64_t shape[OM_MAX_NDIM];
+};
+
+/* ---- store ---- */
+
+enum om_verify { OM_VERIFY_ALWAYS, OM_VERIFY_FIRST };
+
+struct om_store_config {
+	uint64_t host_limit_bytes; /* everything mapped for blocks */
+	uint64_t disk_limit_bytes; /* the swap file */
+	const char *directory;     /* of the swap file; NULL: the default */
+	int backend;               /* 0 auto, 1 uring, 2 threads (enum om_io_backend) */
+	int verify;                /* enum om_verify */
+	uint64_t window_bytes;     /* in flight at most; 0: 16 MiB */
+	uint32_t request_bytes;    /* of one request; 0: 1 MiB */
+	unsigned io_threads;       /* of the thread back end; 0: 8 */
+};
+
+int om_store_create(const struct om_store_config *config, struct om_store **ret);
+/* Stops the threads, frees what nobody sees. Bytes under a lease stay valid until it goes. Every
+ * later call but release returns OM_ECLOSED. Idempotent. Waits for I/O in flight. */
+int om_store_close(struct om_store *s);
+void om_store_ref(struct om_store *s);
+void om_store_unref(struct om_store *s); /* the last one closes */
+
+/* A named set of blocks with a HOST limit (0: only the store's binds). Blocks added with an
+ * unknown group name create it without a limit. */
+int om_store_group(struct om_store *s, const char *group, uint64_t host_limit_bytes);
+
+/* Copy `nbytes` in. OM_EVALUE when the name exists; OM_ELIMIT or OM_EDISKFULL when not all blocks
+ * without an origin would fit into HOST and DISK with room to exchange the largest. */
+int om_store_add(struct om_store *s, const char *name, const char *group, const void *data,
+                 uint64_t nbytes, const struct om_desc *desc, uint64_t deadline_ns);
+/* Keep the caller's memory: it counts in the limit. `release(context)` runs once, from
+ * om_store_collect, when the block's bytes are elsewhere or the block is gone and no lease is
+ * left. On failure nothing is kept and `release` is not called. */
+int om_store_take(struct om_store *s, const char *name, const char *group, void *data,
+                  uint64_t nbytes, const struct om_desc *desc, void (*release)(void *context),
+                  void *context, uint64_t deadline_ns);
+struct om_file_range {
+	const char *path;
+	uint64_t offset, nbytes;
+};
+/* The block's bytes are these ranges, in order; read in place, on demand. The files are opened and
+ * their identity is taken now. */
+int om_store_add_file(struct om_store *s, const char *name, const char *group,
+                      const struct om_file_range *ranges, size_t count,
+                      const struct om_desc *desc);
+/* The name is free now; the bytes go with the last lease. OM_ENAME when unknown. */
+int om_store_remove(struct om_store *s, const char *name);
+/* 1: no longer in HOST; 0: leased, still there; negative: error (the bytes are still in HOST). */
+int om_store_evict(struct om_store *s, const char *name, uint64_t deadline_ns);
+bool om_store_contains(struct om_store *s, const char *name);
+/* All names, in the order of adding, as one om_alloc'ed array of om_alloc'ed strings. */
+int om_store_names(struct om_store *s, char ***ret, size_t *ret_count);
+void om_names_free(char **names, size_t count);
+
+enum om_tier_bit { OM_TIER_HOST = 1, OM_TIER_DISK = 2 };
+struct om_info {
+	uint64_t nbytes;
+	unsigned tiers;   /* enum om_tier_bit: VALID copies */
+	unsigned leases;
+	bool has_origin;
+	char origin[512]; /* path of the first range */
+	uint64_t origin_offset;
+	size_t origin_count;
+	struct om_desc desc;
+	char group[64];
+};
+int om_store_info(struct om_store *s, const char *name, struct om_info *ret);
+
+struct om_tier_stats {
+	uint64_t used_bytes;  /* extents of copies */
+	uint64_t peak_bytes;
+	uint64_t limit_bytes;
+	uint64_t mapped_bytes; /* HOST: segments, cached ones included; DISK: the file's size */
+};
+struct om_stats {
+	struct om_tier_stats host, disk;
+	uint64_t exported_bytes; /* of blocks with a live view (buffer, DLPack) */
+	uint64_t blocks, leases;
+	uint64_t hits, misses;   /* leases that found the bytes in HOST, or did not */
+	uint64_t fills, drops, writes; /* copies brought in, dropped for free, written to DISK */
+	uint64_t read_bytes, written_bytes; /* of device I/O, supersets included */
+	uint64_t read_busy_ns;   /* with at least one read in flight */
+	uint64_t stall_ns;       /* threads waited for bytes */
+	uint64_t prefetches, prefetch_hits, prefetch_waste; /* speculation: issued, used, dropped unused */
+	uint64_t verified_bytes, rereads, corrupt;
+	uint64_t io_errors;
+	char io_backend[16], io_reason[256];
+	bool io_fell_back;
+};
+int om_store_stats(struct om_store *s, struct om_stats *ret);
+/* Checks every invariant of csrc/README.md (I1..I6). OM_ECORRUPT naming the first broken one. */
+int om_store_check(struct om_store *s);
+/* Runs `release` of foreign memory that is no longer needed, on this thread, no lock held. */
+void om_store_collect(struct om_store *s);
+
+/* ---- leases ---- */
+
+/* Bring the bytes to HOST if they are not there, and hold them. `write` waits until nobody else
+ * holds them, then drops the other copies and the origin. */
+int om_store_lease(struct om_store *s, const char *name, bool write, uint64_t deadline_ns,
+                   struct om_lease **ret);
+void *om_lease_data(const struct om_lease *l); /* never NULL, also for zero bytes */
+uint64_t om_lease_nbytes(const struct om_lease *l);
+const struct om_desc *om_lease_desc(const struct om_lease *l);
+const char *om_lease_name(const struct om_lease *l);
+bool om_lease_writable(const struct om_lease *l);
+void om_lease_ref(struct om_lease *l);
+/* Any thread, without the GIL, after close, at exit: an atomic decrement and, at zero, a push to a
+ * lock-free list. No lock, no Python. */
+void om_lease_unref(struct om_lease *l);
+/* As ref and unref, for a reference that a foreign consumer holds: it shows in exported_bytes. */
+void om_lease_view_ref(struct om_lease *l);
+void om_lease_view_unref(struct om_lease *l);
+/* Take what om_lease_unref pushed, if the store's lock is free; never waits. */
+void om_store_drain(struct om_store *s);
+
+/* ---- tickets ---- */
+
+/* Start bringing blocks to HOST. What has no room at once starts when the ticket is waited for. */
+int om_store_prefetch(struct om_store *s, const char *const *names, size_t count,
+                      struct om_ticket **ret);
+/* 0 when all are there; the first error of any; OM_EBUSY at the deadline; OM_ECANCELED. */
+int om_ticket_wait(struct om_ticket *t, uint64_t deadline_ns);
+bool om_ticket_done(struct om_ticket *t); /* settled: whole, failed or canceled */
+/* What is queued is dropped, what is in flight is dropped when it lands. */
+void om_ticket_cancel(struct om_ticket *t);
+void om_ticket_free(struct om_ticket *t); /* does not cancel */
+
+/* ---- streams ---- */
+
+struct om_stream_unit {
+	const char *name;
+	const char *const *blocks; /* names, all in the stream's group */
+	const bool *resident;      /* per block: always in HOST */
+	size_t count;
+};
+struct om_stream_stats {
+	uint64_t enters, hits; /* of units with streamed blocks: entered, bytes were there */
+	uint64_t stall_ns;     /* waited in enter */
+	uint64_t read_bytes;   /* of this stream's fills, supersets included */
+	uint64_t mispredicted; /* enters that the recorded order did not foretell */
+};
+
+/* Units are numbered by their place in `units`. Their order is the first prediction; the recorded
+ * order replaces it as units are entered. `group` must hold the blocks. */
+int om_stream_create(struct om_store *s, const char *group, const struct om_stream_unit *units,
+                     size_t count, struct om_stream **ret);
+/* Lease the resident blocks (reading them). Call again after OM_EBUSY to go on. */
+int om_stream_load(struct om_stream *st, uint64_t deadline_ns);
+/* A thread begins to use a unit: its streamed blocks are leased all or none, then the next
+ * units of the order are fetched into what room the ring has. *ret_bind: the caller is the first,
+ * must make the windows and then call om_stream_bound; others wait for that. */
+int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, bool *ret_bind);
+/* The windows are made (ok), or could not be (the unit is given back). */
+void om_stream_bound(struct om_stream *st, size_t unit, bool ok);
+/* A thread is done with a unit. *ret_unbind: it was the last, must take the windows away and then
+ * call om_stream_unbound, which lets the bytes go. */
+int om_stream_leave(struct om_stream *st, size_t unit, bool *ret_unbind);
+void om_stream_unbound(struct om_stream *st, size_t unit);
+/* The lease of a unit's block: resident ones always (after load), streamed ones while entered.
+ * Borrowed; NULL when there is none. */
+struct om_lease *om_stream_lease(struct om_stream *st, size_t unit, size_t block);
+int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret);
+/* Lets all its leases go and forgets. Views keep their bytes. */
+void om_stream_free(struct om_stream *st);
+
+#endif
