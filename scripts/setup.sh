@@ -97,7 +97,7 @@ fi
 sources=$({
 	cat setup.py
 	find csrc -name '*.[ch]' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
-	env | grep -E '^(OMNIMEM_(SANITIZE|DEBUG|COVERAGE|WERROR|WITHOUT_LIBURING)|CC|CFLAGS|LDFLAGS)=' | LC_ALL=C sort
+	{ env | grep -E '^(OMNIMEM_(SANITIZE|DEBUG|COVERAGE|WERROR|WITHOUT_LIBURING)|CC|CFLAGS|LDFLAGS)=' || true; } | LC_ALL=C sort
 } | digest)
 wanted=$(cat pyproject.toml setup.py | digest)
 for extra in "$@"; do
