@@ -41,19 +41,27 @@ struct om_pool {
 	uint64_t limit_bytes;
 	uint64_t used_bytes;   /* sum of extents handed out */
 	uint64_t mapped_bytes; /* sum of segments, cached ones included */
-	struct om_list shared, dedicated, cached;
+	uint64_t cached_bytes; /* of these, the cached ones */
+	struct om_list shared, dedicated, cached; /* cached: longest idle first */
 };
 
 void om_pool_init(struct om_pool *p, uint64_t limit_bytes);
 /* Cached and empty segments go; segments with live extents are left to their exports. */
 void om_pool_fini(struct om_pool *p);
-/* Bytes (rounded up to pages). Order: for a small request a shared segment with a hole, then a cached shared
- * segment, then a new one; for a large one the best cached segment of at most 1.25x the size, then
- * a new mapping while mapped + size <= limit, then any cached segment that is large enough
- * (smallest first), then cached ones are unmapped until a new mapping fits.
- * OM_ELIMIT (with details) when mapped - cached + size > limit; -ENOMEM when the system refuses. */
+/* Bytes (rounded up to pages). A small request takes a hole in a shared segment, else a new shared
+ * segment; where the limit has no room for that, and for a large request, a segment of its own.
+ * A segment comes from, in this order: the smallest cached one of at most 1.25x the size (a shared
+ * segment: of exactly its size), taken whole; a new mapping while mapped + size <= limit; the
+ * smallest cached one that is larger, cut to the size (its tail is unmapped, or the rest of the
+ * limit would be locked up behind a small extent); a new mapping after unmapping cached segments,
+ * longest idle first, until it fits. Memory that comes from the cache keeps its populated pages.
+ * OM_ELIMIT (with details) when mapped - cached + size > limit; -ENOMEM when the system refuses
+ * and nothing cached is left to give back; OM_EVALUE for 0 bytes. */
 int om_pool_alloc(struct om_pool *p, uint64_t bytes, struct om_extent *ret);
-void om_pool_free(struct om_pool *p, struct om_extent *e); /* e->segment becomes NULL */
+/* e->segment becomes NULL; a NULL one is fine. The caller has seen the extent's exports end. A
+ * segment that turns empty is cached; if someone still holds a reference to it, it is not used
+ * again and leaves the pool, and the last unref unmaps it. */
+void om_pool_free(struct om_pool *p, struct om_extent *e);
 /* Could om_pool_alloc succeed now, as far as the limit goes? */
 bool om_pool_fits(const struct om_pool *p, uint64_t bytes);
 /* Unmap cached segments that have been idle since before `freed_before_ns` (UINT64_MAX: all).

@@ -1,0 +1,386 @@
+/*
+ * om_pool: see om_pool.h. Owns the segments on its three lists (one reference each).
+ *
+ * Thread rule: passive, the caller serialises everything but om_segment_ref/unref. Failures leave
+ * the pool as it was, but for cached segments that may have been given back to the system.
+ */
+#include "core/om_pool.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <inttypes.h>
+
+#include "base/om_base.h"
+#include "base/om_error.h"
+#include "plat/om_dev.h"
+
+static struct om_segment *segment_of(struct om_list *link)
+{
+	return om_container_of(link, struct om_segment, link);
+}
+
+static uint64_t populated_of(const struct om_segment *s)
+{
+	return __atomic_load_n(&s->populated, __ATOMIC_RELAXED);
+}
+
+void om_segment_ref(struct om_segment *s)
+{
+	__atomic_add_fetch(&s->refs, 1, __ATOMIC_RELAXED);
+}
+
+void om_segment_unref(struct om_segment *s)
+{
+	if (__atomic_sub_fetch(&s->refs, 1, __ATOMIC_ACQ_REL))
+		return;
+	om_host_unmap(s->base, s->bytes);
+	om_arena_destroy(s->arena);
+	om_free(s);
+}
+
+void om_pool_init(struct om_pool *p, uint64_t limit_bytes)
+{
+	*p = (struct om_pool){.limit_bytes = limit_bytes};
+	om_list_init(&p->shared);
+	om_list_init(&p->dedicated);
+	om_list_init(&p->cached);
+}
+
+/* Take s off its list and out of the sums, and drop the pool's reference. */
+static void segment_drop(struct om_pool *p, struct om_segment *s)
+{
+	om_list_del(&s->link);
+	p->mapped_bytes -= s->bytes;
+	om_segment_unref(s);
+}
+
+static void cache_put(struct om_pool *p, struct om_segment *s)
+{
+	om_list_del(&s->link);
+	s->freed_ns = om_now();
+	p->cached_bytes += s->bytes;
+	om_list_push_tail(&p->cached, &s->link);
+}
+
+static struct om_segment *cache_take(struct om_pool *p, struct om_segment *s)
+{
+	om_list_del(&s->link);
+	p->cached_bytes -= s->bytes;
+	return s;
+}
+
+/* Unmap one cached segment; returns its bytes. */
+static uint64_t cache_drop(struct om_pool *p, struct om_segment *s)
+{
+	uint64_t bytes = s->bytes;
+
+	p->cached_bytes -= bytes;
+	segment_drop(p, s);
+	return bytes;
+}
+
+uint64_t om_pool_trim(struct om_pool *p, uint64_t freed_before_ns)
+{
+	uint64_t bytes = 0;
+
+	OM_LIST_FOREACH_SAFE(link, &p->cached) {
+		if (freed_before_ns != UINT64_MAX && segment_of(link)->freed_ns >= freed_before_ns)
+			break;
+		bytes += cache_drop(p, segment_of(link));
+	}
+	return bytes;
+}
+
+void om_pool_fini(struct om_pool *p)
+{
+	om_pool_trim(p, UINT64_MAX);
+	OM_LIST_FOREACH_SAFE(link, &p->shared)
+		segment_drop(p, segment_of(link));
+	OM_LIST_FOREACH_SAFE(link, &p->dedicated)
+		segment_drop(p, segment_of(link));
+}
+
+/* The smallest cached segment of at least `least` and at most `most` bytes; NULL: none. */
+static struct om_segment *cache_find(const struct om_pool *p, uint64_t least, uint64_t most)
+{
+	struct om_segment *best = NULL;
+
+	OM_LIST_FOREACH(link, &p->cached) {
+		struct om_segment *s = segment_of(link);
+
+		if (s->bytes >= least && s->bytes <= most && (!best || s->bytes < best->bytes))
+			best = s;
+	}
+	return best;
+}
+
+/* A new segment on no list, counted as mapped. */
+static int segment_map(struct om_pool *p, uint64_t bytes, struct om_segment **ret)
+{
+	struct om_segment *s = om_alloc(1, sizeof(*s));
+	int code;
+
+	if (!s)
+		return -ENOMEM;
+	code = om_host_map(bytes, &s->base);
+	if (code) {
+		om_free(s);
+		return code;
+	}
+	om_list_init(&s->link);
+	s->bytes = bytes;
+	s->refs = 1;
+	p->mapped_bytes += bytes;
+	*ret = s;
+	return 0;
+}
+
+/* Unmap the end of a segment that is on no list. */
+static void segment_cut(struct om_pool *p, struct om_segment *s, uint64_t bytes)
+{
+	om_host_unmap((char *)s->base + bytes, s->bytes - bytes);
+	p->mapped_bytes -= s->bytes - bytes;
+	s->bytes = bytes;
+	if (populated_of(s) > bytes)
+		__atomic_store_n(&s->populated, bytes, __ATOMIC_RELAXED);
+	om_arena_destroy(s->arena); /* of the old size, and empty */
+	s->arena = NULL;
+}
+
+static bool limit_fits(const struct om_pool *p, uint64_t bytes)
+{
+	uint64_t live = p->mapped_bytes - p->cached_bytes;
+
+	return live <= p->limit_bytes && bytes <= p->limit_bytes - live;
+}
+
+/* As limit_fits, without touching the cache. */
+static bool map_fits(const struct om_pool *p, uint64_t bytes)
+{
+	return p->mapped_bytes <= p->limit_bytes && bytes <= p->limit_bytes - p->mapped_bytes;
+}
+
+/* A segment of `bytes` to `most` bytes on no list. limit_fits holds: a new mapping is tried at the
+ * latest when the cache is empty. */
+static int segment_get(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_segment **ret)
+{
+	struct om_segment *s = cache_find(p, bytes, most);
+	int code = 0;
+
+	if (s) {
+		*ret = cache_take(p, s);
+		return 0;
+	}
+	if (map_fits(p, bytes)) {
+		code = segment_map(p, bytes, ret);
+		if (!code)
+			return 0;
+	}
+	s = cache_find(p, bytes, UINT64_MAX);
+	if (s) {
+		*ret = cache_take(p, s);
+		segment_cut(p, s, bytes);
+		return 0;
+	}
+	while (!om_list_empty(&p->cached)) {
+		cache_drop(p, segment_of(p->cached.next));
+		if (!map_fits(p, bytes))
+			continue;
+		code = segment_map(p, bytes, ret);
+		if (!code)
+			return 0;
+	}
+	return code;
+}
+
+static int shared_new(struct om_pool *p, struct om_segment **ret)
+{
+	struct om_segment *s;
+	int code = segment_get(p, OM_POOL_SHARED, OM_POOL_SHARED, &s);
+
+	if (code)
+		return code;
+	if (!s->arena)
+		code = om_arena_create(OM_POOL_SHARED, OM_PAGE, &s->arena);
+	if (code) {
+		cache_put(p, s);
+		return code;
+	}
+	om_list_push_tail(&p->shared, &s->link);
+	*ret = s;
+	return 0;
+}
+
+static void extent_set(struct om_pool *p, struct om_segment *s, uint64_t offset, uint64_t bytes,
+                       struct om_extent *ret)
+{
+	s->used += bytes;
+	p->used_bytes += bytes;
+	*ret = (struct om_extent){.segment = s, .ptr = (char *)s->base + offset, .bytes = bytes};
+}
+
+/* A hole in a shared segment. -ENOSPC (no message) when there is none. */
+static int shared_alloc(struct om_pool *p, uint64_t bytes, struct om_extent *ret)
+{
+	OM_LIST_FOREACH(link, &p->shared) {
+		struct om_segment *s = segment_of(link);
+		uint64_t offset;
+		int code = bytes <= s->bytes - s->used ? om_arena_alloc(s->arena, bytes, 0, &offset)
+		                                       : -ENOSPC;
+
+		if (!code)
+			extent_set(p, s, offset, bytes, ret);
+		if (code != -ENOSPC)
+			return code;
+	}
+	return -ENOSPC;
+}
+
+static int limit_error(const struct om_pool *p, uint64_t bytes)
+{
+	uint64_t live = p->mapped_bytes - p->cached_bytes;
+
+	om_err(OM_ELIMIT,
+	       "host memory: need %" PRIu64 " bytes, %" PRIu64 " of at most %" PRIu64 " are in use",
+	       bytes, live, p->limit_bytes);
+	om_err_limit("host", bytes, live, p->limit_bytes);
+	return OM_ELIMIT;
+}
+
+static int dedicated_alloc(struct om_pool *p, uint64_t bytes, struct om_extent *ret)
+{
+	struct om_segment *s;
+	int code;
+
+	if (!limit_fits(p, bytes))
+		return limit_error(p, bytes);
+	code = segment_get(p, bytes, bytes + bytes / 4, &s);
+	if (code)
+		return code;
+	om_arena_destroy(s->arena);
+	s->arena = NULL;
+	om_list_push_tail(&p->dedicated, &s->link);
+	extent_set(p, s, 0, s->bytes, ret);
+	return 0;
+}
+
+int om_pool_alloc(struct om_pool *p, uint64_t bytes, struct om_extent *ret)
+{
+	uint64_t size = om_up(bytes, OM_PAGE);
+	struct om_segment *s;
+	int code;
+
+	*ret = (struct om_extent){0};
+	if (!bytes)
+		return om_err(OM_EVALUE, "host memory: a request of 0 bytes");
+	if (size < bytes) /* within a page of 2^64 */
+		return limit_error(p, bytes);
+	if (size > OM_POOL_SMALL)
+		return dedicated_alloc(p, size, ret);
+	code = shared_alloc(p, size, ret);
+	if (code != -ENOSPC)
+		return code;
+	if (!limit_fits(p, OM_POOL_SHARED))
+		return dedicated_alloc(p, size, ret);
+	code = shared_new(p, &s);
+	if (code)
+		return code;
+	code = shared_alloc(p, size, ret);
+	if (!s->used)
+		cache_put(p, s);
+	return code;
+}
+
+void om_pool_free(struct om_pool *p, struct om_extent *e)
+{
+	struct om_segment *s = e->segment;
+
+	if (!s)
+		return;
+	if (s->arena) {
+		int code = om_arena_free(s->arena, (uint64_t)((char *)e->ptr - (char *)s->base));
+
+		assert(!code && "an extent is freed twice");
+		(void)code;
+	}
+	s->used -= e->bytes;
+	p->used_bytes -= e->bytes;
+	*e = (struct om_extent){0};
+	if (s->used)
+		return;
+	if (__atomic_load_n(&s->refs, __ATOMIC_ACQUIRE) > 1)
+		segment_drop(p, s);
+	else
+		cache_put(p, s);
+}
+
+bool om_pool_fits(const struct om_pool *p, uint64_t bytes)
+{
+	uint64_t size = om_up(bytes, OM_PAGE);
+
+	if (size < bytes)
+		return false;
+	if (size <= OM_POOL_SMALL)
+		OM_LIST_FOREACH(link, &p->shared)
+			if (om_arena_largest_free(segment_of(link)->arena) >= size)
+				return true;
+	return limit_fits(p, size);
+}
+
+/* ---- check ---- */
+
+static int broken(const char *what, uint64_t is, uint64_t should_be)
+{
+	return om_err(OM_ECORRUPT, "pool: %s is %" PRIu64 ", not %" PRIu64, what, is, should_be);
+}
+
+static int check_segment(const struct om_pool *p, const struct om_list *list,
+                         const struct om_segment *s)
+{
+	if (!s->refs || !s->base || populated_of(s) > s->bytes)
+		return broken("populated", populated_of(s), s->bytes);
+	if (list == &p->cached)
+		return s->used ? broken("use of a cached segment", s->used, 0) : 0;
+	if (list == &p->dedicated) {
+		if (s->arena || s->used != s->bytes)
+			return broken("use of a dedicated segment", s->used, s->bytes);
+		return 0;
+	}
+	if (!s->arena || s->bytes != OM_POOL_SHARED || om_arena_size(s->arena) != s->bytes)
+		return broken("a shared segment's size", s->bytes, OM_POOL_SHARED);
+	if (!s->used || om_arena_used(s->arena) != s->used)
+		return broken("use of a shared segment", s->used, om_arena_used(s->arena));
+	return om_arena_check(s->arena);
+}
+
+int om_pool_check(const struct om_pool *p)
+{
+	const struct om_list *lists[] = {&p->shared, &p->dedicated, &p->cached};
+	uint64_t used = 0, mapped = 0, cached = 0, freed_ns = 0;
+	int code;
+
+	for (int i = 0; i < 3; i++) {
+		OM_LIST_FOREACH(link, lists[i]) {
+			const struct om_segment *s = segment_of(link);
+
+			if (link->next->prev != link)
+				return om_err(OM_ECORRUPT, "pool: a list is broken");
+			code = check_segment(p, lists[i], s);
+			if (code)
+				return code;
+			used += s->used;
+			mapped += s->bytes;
+			if (lists[i] != &p->cached)
+				continue;
+			cached += s->bytes;
+			if (s->freed_ns < freed_ns)
+				return broken("order of idle time", s->freed_ns, freed_ns);
+			freed_ns = s->freed_ns;
+		}
+	}
+	if (used != p->used_bytes)
+		return broken("used", p->used_bytes, used);
+	if (mapped != p->mapped_bytes)
+		return broken("mapped", p->mapped_bytes, mapped);
+	return cached == p->cached_bytes ? 0 : broken("cached", p->cached_bytes, cached);
+}
