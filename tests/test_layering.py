@@ -140,20 +140,32 @@ def test_import_omnimem_reaches_no_framework() -> None:
             tree = ast.parse(path.read_text(), str(path))
             frameworks = set(module_level_imports(tree)) & FRAMEWORKS
             assert not frameworks, f"{path.relative_to(ROOT)} imports {frameworks} when imported"
-            waiting += imported_modules_of_ours(tree, package)
+            waiting += imported_modules_of_ours(tree, path, package)
 
 
-def imported_modules_of_ours(tree: ast.Module, package: Path) -> list[Path]:
+def imported_modules_of_ours(tree: ast.Module, path: Path, package: Path) -> list[Path]:
+    """Files of omnimem that may be imported with the module `path`; some of them do not exist."""
     found: list[Path] = []
+
+    def add(base: Path) -> None:
+        found.extend([base.with_suffix(".py"), base / "__init__.py"])
+
     for node in tree.body:
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "omnimem":
-                base = package.joinpath(*parts[1:])
-                found += [base.with_suffix(".py"), base / "__init__.py"]
+            for alias in node.names:
+                first, *rest = alias.name.split(".")
+                if first == "omnimem":
+                    add(package.joinpath(*rest))
+        elif isinstance(node, ast.ImportFrom):
+            parts = node.module.split(".") if node.module else []
+            if node.level:
+                base = path.parents[node.level - 1]
+            elif parts and parts[0] == "omnimem":
+                base, parts = package, parts[1:]
+            else:
+                continue
+            base = base.joinpath(*parts)
+            add(base)
+            for alias in node.names:
+                add(base / alias.name)
     return found
