@@ -40,6 +40,10 @@ const struct om_io_ops om_io_uring_ops = {.name = "uring", .create = create};
 #include <unistd.h>
 
 #define WAKE_DATA UINT64_MAX
+/* What is prepared goes to the kernel at once when it is worth a system call. Within one call the
+ * block layer holds requests back to merge them, so that a batch of large ones starts late: 15 to
+ * 20 % of a fast disk's throughput at 16 MiB in flight. Small ones wait for each other. */
+#define SUBMIT_BYTES (256 * OM_KIB)
 
 struct slot {
 	struct om_io_req *req; /* NULL: free */
@@ -56,6 +60,7 @@ struct uring {
 	int wake_fd;
 	unsigned polls;     /* of wake_fd, in the ring */
 	uint32_t prepared;  /* submission entries so far; wraps */
+	uint64_t unsent;    /* bytes of the transfers prepared since the last entry into the kernel */
 	int broken;         /* the code with which the kernel refuses to be entered, else 0 */
 };
 
@@ -188,6 +193,11 @@ static int submit(void *state, struct om_io_req *req)
 	slot->entry = u->prepared++;
 	slot->req = req;
 	u->flying++;
+	u->unsent += req->len - req->done;
+	if (u->unsent >= SUBMIT_BYTES && !u->broken) {
+		u->unsent = 0;
+		io_uring_submit(&u->ring); /* what fails stays queued; the next reap enters again */
+	}
 	return 0;
 }
 
@@ -286,6 +296,7 @@ static void enter(struct uring *u, unsigned want, uint64_t deadline_ns)
 	struct io_uring_cqe *cqe;
 	uint64_t now = om_now(), left = deadline_ns > now ? deadline_ns - now : 0;
 
+	u->unsent = 0;
 	left = OM_MIN(left, 3600 * OM_NSEC); /* "for ever" would overflow the kernel's clock */
 	struct __kernel_timespec ts = {.tv_sec = (long long)(left / OM_NSEC),
 	                               .tv_nsec = (long long)(left % OM_NSEC)};

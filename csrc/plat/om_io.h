@@ -66,7 +66,7 @@ const char *om_io_reason(const struct om_io *io); /* one sentence: which flags, 
 bool om_io_fell_back(const struct om_io *io);     /* AUTO wanted uring and did not get it */
 
 /* Queue a request (never fails; it comes back with a code). Up to `depth` are in flight, others
- * wait for their turn; the uring back end starts them at the next om_io_reap. */
+ * wait for their turn; small ones may start at the next om_io_reap only. */
 void om_io_submit(struct om_io *io, struct om_io_req *req);
 /* Hand what is queued to the kernel, wait until at least `min` requests are back, om_io_wake was
  * called, or the deadline passes; returns how many were put in `ret` (at most max). min 0 polls.
