@@ -91,6 +91,13 @@ uint64_t om_pool_trim(struct om_pool *p, uint64_t freed_before_ns)
 	return bytes;
 }
 
+void om_pool_set_limit(struct om_pool *p, uint64_t limit_bytes)
+{
+	p->limit_bytes = limit_bytes;
+	while (p->mapped_bytes > limit_bytes && !om_list_empty(&p->cached))
+		cache_drop(p, segment_of(p->cached.next));
+}
+
 void om_pool_fini(struct om_pool *p)
 {
 	om_pool_trim(p, UINT64_MAX);
@@ -308,7 +315,7 @@ void om_pool_free(struct om_pool *p, struct om_extent *e)
 	*e = (struct om_extent){0};
 	if (s->used)
 		return;
-	if (__atomic_load_n(&s->refs, __ATOMIC_ACQUIRE) > 1)
+	if (__atomic_load_n(&s->refs, __ATOMIC_ACQUIRE) > 1 || p->mapped_bytes > p->limit_bytes)
 		segment_drop(p, s);
 	else
 		cache_put(p, s);
@@ -382,5 +389,9 @@ int om_pool_check(const struct om_pool *p)
 		return broken("used", p->used_bytes, used);
 	if (mapped != p->mapped_bytes)
 		return broken("mapped", p->mapped_bytes, mapped);
-	return cached == p->cached_bytes ? 0 : broken("cached", p->cached_bytes, cached);
+	if (cached != p->cached_bytes)
+		return broken("cached", p->cached_bytes, cached);
+	if (cached && mapped > p->limit_bytes)
+		return broken("mapped, with something cached,", mapped, p->limit_bytes);
+	return 0;
 }

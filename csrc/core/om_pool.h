@@ -38,7 +38,7 @@ struct om_extent { /* bytes of host memory: a whole number of pages, page aligne
 };
 
 struct om_pool {
-	uint64_t limit_bytes;
+	uint64_t limit_bytes;  /* change it with om_pool_set_limit */
 	uint64_t used_bytes;   /* sum of extents handed out */
 	uint64_t mapped_bytes; /* sum of segments, cached ones included */
 	uint64_t cached_bytes; /* of these, the cached ones */
@@ -46,6 +46,9 @@ struct om_pool {
 };
 
 void om_pool_init(struct om_pool *p, uint64_t limit_bytes);
+/* Lowered: cached segments go, longest idle first, until mapped <= limit or only live ones are
+ * left (the caller evicts those). At all times mapped <= limit, or nothing is cached. */
+void om_pool_set_limit(struct om_pool *p, uint64_t limit_bytes);
 /* Cached and empty segments go; segments with live extents are left to their exports. */
 void om_pool_fini(struct om_pool *p);
 /* Bytes (rounded up to pages). A small request takes a hole in a shared segment, else a new shared
@@ -59,7 +62,7 @@ void om_pool_fini(struct om_pool *p);
  * and nothing cached is left to give back; OM_EVALUE for 0 bytes. */
 int om_pool_alloc(struct om_pool *p, uint64_t bytes, struct om_extent *ret);
 /* e->segment becomes NULL; a NULL one is fine. The caller has seen the extent's exports end. A
- * segment that turns empty is cached; if someone still holds a reference to it, it is not used
+ * segment that turns empty is cached, or unmapped while mapped > limit; if someone still holds a reference to it, it is not used
  * again and leaves the pool, and the last unref unmaps it. */
 void om_pool_free(struct om_pool *p, struct om_extent *e);
 /* Could om_pool_alloc succeed now, as far as the limit goes? */
