@@ -80,7 +80,8 @@ def test_configuration_table_tells_the_defaults() -> None:
     from omnimem import StoreConfig
     from omnimem.config import parse_size
 
-    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", README, re.MULTILINE)
+    section = README.partition("\n## Configuration\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE)
     assert rows
     defaults = StoreConfig()
     for field, text in rows:
