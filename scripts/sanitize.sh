@@ -34,6 +34,5 @@ fi
 export ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1:handle_segv=1"
 export TSAN_OPTIONS="halt_on_error=1:second_deadlock_stack=1"
 export PYTHONPATH="$PWD/$base/lib" PYTHONMALLOC=malloc
-export LD_PRELOAD
-LD_PRELOAD=$("${CC:-gcc}" -print-file-name="$runtime")
-exec "${run[@]}" "$python" -m pytest -p no:cacheprovider "$@"
+preload=$("${CC:-gcc}" -print-file-name="$runtime")
+exec "${run[@]}" env LD_PRELOAD="$preload" "$python" -m pytest -p no:cacheprovider "$@"
