@@ -1,0 +1,7 @@
+"""``python -m omnimem.cli``."""
+
+import sys
+
+from omnimem.cli import main
+
+sys.exit(main())

@@ -1,0 +1,54 @@
+"""What the commands share: budgets, numbers for people, quiet libraries, memory in use."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from omnimem.config import format_size, parse_size
+
+_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+
+
+def parse_budget(text: str, weight_bytes: int) -> int:
+    """Bytes from a size ("2GiB", "800MB", bytes) or a share of the weights ("50%").
+
+    Raises
+    ------
+    ValueError
+        Neither of the two, or nothing at all.
+    """
+    share = _SHARE.fullmatch(text)
+    nbytes = int(weight_bytes * float(share[1]) / 100) if share else parse_size(text, "budget")
+    if nbytes == 0:
+        raise ValueError(f"budget={text!r} is 0 bytes; give a size such as 2GiB, or 50%")
+    return nbytes
+
+
+def quiet_libraries() -> None:
+    """Keep transformers from the network and from drawing on the terminal. Call before import."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def process_memory(field: str) -> int:
+    """Return a memory field of this process in bytes: "VmHWM" (its peak) or "VmRSS" (now)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}; it takes Linux to measure this")
+
+
+def show_size(nbytes: float) -> str:
+    """Bytes for a table."""
+    return format_size(nbytes)
+
+
+def show_seconds(seconds: float | None) -> str:
+    """Seconds for a table; a dash where there are none."""
+    return "-" if seconds is None else f"{seconds:.3f} s"
