@@ -353,9 +353,15 @@ def _ordered(
 
 
 def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Return mean and deviation of a tensor's values."""
+    """Return mean and deviation of a tensor's values.
+
+    What attention adds is kept about as large as an embedding (rows of unit length): were it the
+    larger, the token itself would drown in the mean of its context, and every step of a generation
+    would give the same token.
+    """
     if len(shape) > 1:
-        return 0.0, 1 / math.sqrt(math.prod(shape[1:]))
+        gain = 0.25 if name.endswith("self_attn.o_proj.weight") else 1.0
+        return 0.0, gain / math.sqrt(math.prod(shape[1:]))
     return (1.0, 0.05) if name.endswith("weight") else (0.0, 0.02)
 
 
