@@ -174,7 +174,7 @@ class Checkpoint:
 
             largest = max((info.nbytes for info in self._tensors.values()), default=0)
             limit = self.total_bytes + 2 * largest + _STORE_SLACK
-            self._store = Store(StoreConfig(host_limit=limit))
+            self._store = Store(StoreConfig(host_limit=limit, disk_limit=0))
         return self._store
 
     def close(self) -> None:
