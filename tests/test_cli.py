@@ -115,8 +115,8 @@ def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path
 def test_missing_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setitem(sys.modules, "transformers.utils", None)
+    for name in ("transformers", "transformers.utils", "transformers.utils.logging"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert main(["synth", "--preset", "tiny", str(tmp_path)]) == 1
     assert "pip install 'omnimem[transformers]'" in error_line(capsys)
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ._safetensors import HEADER_CAP, FileIdentity, TensorInfo, parse_json, read_header
+from ._units import Unit, unit_names
 from .errors import ClosedError, CorruptError, FormatError
 
 if TYPE_CHECKING:
@@ -29,21 +30,11 @@ INDEX_NAME = "model.safetensors.index.json"
 _STORE_SLACK = 64 << 20
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Tensors that are needed together: one module of the model."""
-
-    name: str
-    """Dotted name of the module; empty for parameters of the model itself."""
-    tensors: tuple[str, ...]
-    """Full tensor names in file order."""
-
-
 class Checkpoint:
     """The tensors of a checkpoint: names, places, units. A context manager.
 
-    Made by :func:`open`. Thread-safe for reading; ``close`` may be called more than once. What
-    ``read`` returned stays valid after ``close``, until its last view goes.
+    Made by :func:`open`. Any thread may use it; ``read`` serves one at a time. ``close`` may be
+    called more than once; what ``read`` returned stays valid until its last view goes.
     """
 
     def __init__(
@@ -61,6 +52,7 @@ class Checkpoint:
         self._files = files
         self._store: Store | None = None
         self._closed = False
+        self._lock = threading.Lock()
 
     def names(self) -> list[str]:
         """Return all tensor names: files in the order of their names, then by offset."""
@@ -157,16 +149,17 @@ class Checkpoint:
             The checkpoint is closed.
         """
         info = self.info(name)
-        if self._closed:
-            raise ClosedError(f"{self.path}: the checkpoint is closed; open it again")
-        self.check_unchanged(info.file)
-        store = self._own_store()
         dtype, shape = _dense_view(info)
-        store.add_file(name, info.file, info.offset, info.nbytes, dtype=dtype, shape=shape)
-        try:
-            return store.lease(name)
-        finally:
-            store.remove(name)
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"{self.path}: the checkpoint is closed; open it again")
+            self.check_unchanged(info.file)
+            store = self._own_store()
+            store.add_file(name, info.file, info.offset, info.nbytes, dtype=dtype, shape=shape)
+            try:
+                return store.lease(name)
+            finally:
+                store.remove(name)
 
     def _own_store(self) -> Store:
         if self._store is None:
@@ -179,8 +172,9 @@ class Checkpoint:
 
     def close(self) -> None:
         """Give back the store that ``read`` used. Views of what was read stay valid."""
-        self._closed = True
-        store, self._store = self._store, None
+        with self._lock:
+            self._closed = True
+            store, self._store = self._store, None
         if store is not None:
             store.close()
 
@@ -300,41 +294,6 @@ def _open_index(folder: Path) -> Checkpoint:
                 "both again"
             )
     return checkpoint
-
-
-def unit_names(names: Iterable[str]) -> dict[str, str]:
-    """Give each parameter name the name of its unit.
-
-    A name is cut at its first component made of digits ("model.layers.3"). A name without one
-    loses its last component, the parameter's own name, and then climbs to the parent module as
-    long as that is no ancestor of a numbered unit ("model.visual.merger.linear_fc1" becomes
-    "model.visual.merger").
-
-    Parameters
-    ----------
-    names : iterable of str
-        Full parameter names.
-
-    Returns
-    -------
-    dict of str to str
-        Unit of each name, in the order given.
-    """
-    split = {name: name.split(".") for name in names}
-    numbered: dict[str, str] = {}
-    ancestors: set[str] = set()
-    for name, parts in split.items():
-        cut = next((at for at, part in enumerate(parts) if part.isascii() and part.isdigit()), None)
-        if cut is not None:
-            numbered[name] = ".".join(parts[: cut + 1])
-            ancestors.update(".".join(parts[:end]) for end in range(1, cut + 1))
-    units: dict[str, str] = {}
-    for name, parts in split.items():
-        end = len(parts) - 1
-        while end > 1 and ".".join(parts[: end - 1]) not in ancestors:
-            end -= 1
-        units[name] = numbered.get(name, ".".join(parts[:end]))
-    return units
 
 
 def _dense_view(info: TensorInfo) -> tuple[str, tuple[int, ...]]:

@@ -15,13 +15,13 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from ._synth_presets import PRESETS, Preset
 from ._synth_text import special_ids, write_json, write_processor, write_tokenizer
 from .errors import DiskFullError
 
@@ -35,103 +35,6 @@ MARKER = "omnimem_synth.json"
 
 _PIECE = 1 << 22
 """Elements that one thread draws at a time; part of what a seed means."""
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One model that ``write`` can make."""
-
-    model: str
-    """Class in transformers."""
-    text: dict[str, Any]
-    """Arguments of the text config, or of the whole config for a text-only model."""
-    vision: dict[str, Any] | None
-    """Arguments of the vision config; None: text only."""
-    tied: bool
-    """Whether the head is the embedding."""
-    shard_bytes: int
-    """Largest shard."""
-
-
-def _vl(
-    sizes: tuple[int, int, int, int, int, int],
-    vision: tuple[int, int, int, list[int]],
-    *,
-    tied: bool,
-    vocabulary: int = 151936,
-    shard_bytes: int = 5 * 10**9,
-    sections: tuple[int, int, int] = (24, 20, 20),
-    vision_heads: int = 16,
-    positions: int = 2304,
-) -> Preset:
-    """Build a Qwen3-VL preset; sizes are hidden, layers, intermediate, heads, KV heads, head."""
-    hidden, layers, intermediate, heads, kv_heads, head = sizes
-    depth, vision_hidden, vision_intermediate, deepstack = vision
-    text = {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head,
-        "max_position_embeddings": 262144,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5000000.0,
-            "mrope_interleaved": True,
-            "mrope_section": list(sections),
-        },
-    }
-    tower = {
-        "depth": depth,
-        "hidden_size": vision_hidden,
-        "intermediate_size": vision_intermediate,
-        "num_heads": vision_heads,
-        "out_hidden_size": hidden,
-        "num_position_embeddings": positions,
-        "deepstack_visual_indexes": deepstack,
-    }
-    return Preset("Qwen3VLForConditionalGeneration", text, tower, tied, shard_bytes)
-
-
-_TINY_TEXT = {
-    "vocab_size": 4096,
-    "hidden_size": 128,
-    "num_hidden_layers": 8,
-    "intermediate_size": 384,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-}
-
-PRESETS: dict[str, Preset] = {
-    "tiny": _vl(
-        (128, 8, 384, 4, 2, 32),
-        (4, 64, 192, [0, 1, 2]),
-        tied=True,
-        vocabulary=4096,
-        shard_bytes=1_500_000,
-        sections=(6, 5, 5),
-        vision_heads=4,
-        positions=64,
-    ),
-    "1gb": _vl(
-        (2048, 6, 6144, 16, 8, 128),
-        (4, 1024, 4096, [0, 1, 2]),
-        tied=True,
-        vocabulary=20480,
-        shard_bytes=300 * 10**6,
-    ),
-    "2b": _vl((2048, 28, 6144, 16, 8, 128), (24, 1024, 4096, [5, 11, 17]), tied=True),
-    "4b": _vl((2560, 36, 9728, 32, 8, 128), (24, 1024, 4096, [5, 11, 17]), tied=True),
-    "8b": _vl((4096, 36, 12288, 32, 8, 128), (27, 1152, 4304, [8, 16, 24]), tied=False),
-    "tiny-qwen3": Preset("Qwen3ForCausalLM", _TINY_TEXT, None, True, 1_500_000),
-    "tiny-llama": Preset("LlamaForCausalLM", _TINY_TEXT, None, False, 5 * 10**9),
-}
-"""By name. The shapes of 2b, 4b and 8b are those of the released models; 1gb is the 2b with fewer
-layers and a smaller vocabulary; the tiny ones are for tests."""
 
 
 def is_complete(folder: str | os.PathLike[str], preset: str, seed: int = 0) -> bool:
@@ -237,21 +140,20 @@ def _build(preset: Preset) -> tuple[Any, dict[str, tuple[int, ...]]]:
 
     model_class = getattr(transformers, preset.model)
     ids = special_ids(preset.text["vocab_size"])
+    common = {"dtype": "bfloat16", "tie_word_embeddings": preset.tied}
     if preset.vision is None:
-        config = model_class.config_class(**preset.text, tie_word_embeddings=preset.tied)
+        config = model_class.config_class(**preset.text, **common)
         config.eos_token_id, config.pad_token_id = ids["<|im_end|>"], ids["<|endoftext|>"]
     else:
         config = transformers.Qwen3VLConfig(
-            text_config=preset.text,
-            vision_config=preset.vision,
+            text_config={**preset.text, **common},
+            vision_config={**preset.vision, "dtype": "bfloat16"},
             tie_word_embeddings=preset.tied,
             image_token_id=ids["<|image_pad|>"],
             video_token_id=ids["<|video_pad|>"],
             vision_start_token_id=ids["<|vision_start|>"],
             vision_end_token_id=ids["<|vision_end|>"],
         )
-        config.text_config.dtype = config.vision_config.dtype = "bfloat16"
-        config.text_config.tie_word_embeddings = preset.tied
     config.architectures = [preset.model]
     config.dtype = "bfloat16"
     with torch.device("meta"):
@@ -338,7 +240,7 @@ def _pieces(
         count, key = math.prod(shape), zlib.crc32(name.encode())
         for at, start in enumerate(range(0, count, _PIECE)):
             size = min(_PIECE, count - start)
-            yield lambda s=(seed, key, at), n=size, m=mean, d=deviation: _draw(s, n, m, d)
+            yield partial(_draw, (seed, key, at), size, mean, deviation)
 
 
 def _ordered(

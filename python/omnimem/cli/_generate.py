@@ -54,7 +54,7 @@ def generate(
     import torch
     from transformers.generation.streamers import BaseStreamer
 
-    class Clock(BaseStreamer):  # type: ignore[misc]
+    class Clock(BaseStreamer):
         def __init__(self) -> None:
             self.prompt_seen = False
             self.times: list[float] = []

@@ -88,7 +88,7 @@ def run_worker(
     Error
         The process failed, was killed or took too long.
     """
-    job = {
+    job: dict[str, Any] = {
         "contender": contender,
         "model_dir": os.fspath(folder),
         "image": os.fspath(picture),
