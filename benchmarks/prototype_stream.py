@@ -130,13 +130,17 @@ class Stream:
         return named
 
     def choose(self, budget: int) -> set[str]:
-        """Units that stay: what is too large for a ring, then what decoding uses, spread evenly."""
+        """Units that stay: too large for a ring or tied, then what decoding uses, spread evenly."""
         if sum(u.nbytes for u in self.units.values()) <= budget * 1.001:
             return set(self.units)
         layers = [u for n, u in self.units.items() if "layers." in n and "visual" not in n]
         layers.sort(key=lambda u: int(u.name.rsplit(".", 1)[1]))
         usual = statistics.median(u.nbytes for u in layers)
-        stay = {u.name for u in self.units.values() if u.nbytes > 2 * usual}
+        named = list(self.params.values())
+        tied = {name for name, p in self.params.items() if sum(p is other for other in named) > 1}
+        stay = {
+            u.name for u in self.units.values() if u.nbytes > 2 * usual or not tied.isdisjoint(u.at)
+        }
         others = [u for n, u in self.units.items() if n not in stay]
         left = budget - sum(self.units[n].nbytes for n in stay) - 2 * max(u.nbytes for u in others)
         if left < 0:
