@@ -23,9 +23,10 @@ with omnimem.Store(omnimem.StoreConfig(host_limit="8MiB", disk_limit="16MiB")) a
 for line in Path("/proc/self/maps").read_text().splitlines():
     library = line.split(maxsplit=5)[-1]
     name = Path(library).name
-    if name.startswith(("liburing", "libxxhash")) and Path(sys.prefix).resolve() not in Path(
-        library
-    ).resolve().parents:
+    if (
+        name.startswith(("liburing", "libxxhash"))
+        and Path(sys.prefix).resolve() not in Path(library).resolve().parents
+    ):
         sys.exit(f"try_wheel: {library} is the system's, not the wheel's own")
 
 for module in ("torch", "numpy"):
