@@ -39,8 +39,12 @@ int om_file_create_swap(const char *directory, struct om_file **ret);
 int om_file_grow(struct om_file *f, uint64_t bytes);
 /* Free bytes that the file system would still give to this process. */
 int om_file_free_bytes(struct om_file *f, uint64_t *ret_bytes);
-/* Compare device, inode, size, mtime with those of the opening: OM_ECORRUPT naming what changed. */
+/* Compare device, inode, size, mtime with those of the opening: OM_ECORRUPT naming what changed.
+ * Another file under the path counts, a path that is gone does not: the open bytes are intact. Of
+ * the swap file only the size is compared. */
 int om_file_check(const struct om_file *f);
+/* Does the path still name this very file, unchanged? */
+bool om_file_is_at(const struct om_file *f, const char *path);
 /* The descriptor to use for the next transfer. */
 static inline int om_file_fd(const struct om_file *f)
 {
