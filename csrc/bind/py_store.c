@@ -1,0 +1,506 @@
+/*
+ * py_store: _core.Store: everything but the ways in (py_add.c).
+ *
+ * The object holds one py_core. `close` closes the core's store but keeps the py_core, so that later
+ * calls get the core's ClosedError. lease() asks for resident bytes with the GIL held, which costs
+ * less than dropping it, and waits without it only for the others.
+ */
+#include "bind/py_bind.h"
+#include "bind/py_foreign.h"
+
+#include <string.h>
+
+PyTypeObject *py_store_type;
+
+struct py_core *py_store_core(PyObject *store)
+{
+	struct py_core *core = ((struct py_store *)store)->core;
+
+	if (om_unlikely(!core))
+		py_raise_closed("the store was never opened: __init__ did not run");
+	return core;
+}
+
+static int choose(const char *what, const char *value, const char *const *names)
+{
+	for (int i = 0; names[i]; i++)
+		if (strcmp(names[i], value) == 0)
+			return i;
+	PyErr_Format(PyExc_ValueError, "%s='%s' is unknown", what, value);
+	return -1;
+}
+
+static int read_config(PyObject *args, PyObject *kwargs, struct om_store_config *c,
+                       PyObject **ret_directory)
+{
+	static const char *const backends[] = { "auto", "uring", "threads", NULL };
+	static const char *const verifies[] = { "always", "first", NULL };
+	static char *names[] = { "host_limit", "disk_limit", "directory",  "io_backend", "verify",
+		                 "io_window",  "io_request", "io_threads", NULL };
+	unsigned long long host, disk, window = 0;
+	unsigned int request = 0, threads = 0;
+	PyObject *directory = Py_None;
+	const char *backend = "auto", *verify = "always";
+
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KK|OssKII:Store", names, &host, &disk,
+	                                 &directory, &backend, &verify, &window, &request, &threads))
+		return -1;
+	*c = (struct om_store_config){ .host_limit_bytes = host,
+		                       .disk_limit_bytes = disk,
+		                       .window_bytes = window,
+		                       .request_bytes = request,
+		                       .io_threads = threads };
+	c->backend = choose("io_backend", backend, backends);
+	c->verify = choose("verify", verify, verifies);
+	if (c->backend < 0 || c->verify < 0)
+		return -1;
+	if (directory != Py_None && !PyUnicode_FSConverter(directory, ret_directory))
+		return -1;
+	if (*ret_directory)
+		c->directory = PyBytes_AsString(*ret_directory);
+	return 0;
+}
+
+static int store_init(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+	struct py_store *o = (struct py_store *)self;
+	struct om_store_config config;
+	struct om_store *s = NULL;
+	PyObject *directory = NULL;
+	int code;
+
+	if (o->core) {
+		PyErr_SetString(PyExc_ValueError, "the store is open: __init__ runs once");
+		return -1;
+	}
+	if (read_config(args, kwargs, &config, &directory)) {
+		Py_XDECREF(directory);
+		return -1;
+	}
+	Py_BEGIN_ALLOW_THREADS
+	code = om_store_create(&config, &s);
+	Py_END_ALLOW_THREADS
+	Py_XDECREF(directory);
+	if (code) {
+		py_raise(code);
+		return -1;
+	}
+	o->core = py_core_new(s);
+	if (o->core)
+		return 0;
+	Py_BEGIN_ALLOW_THREADS
+	om_store_unref(s);
+	Py_END_ALLOW_THREADS
+	return -1;
+}
+
+static int close_core(struct py_core *core)
+{
+	int code;
+
+	Py_BEGIN_ALLOW_THREADS
+	code = om_store_close(core->s);
+	Py_END_ALLOW_THREADS
+	py_core_collect(core);
+	return code;
+}
+
+static void store_dealloc(PyObject *self)
+{
+	struct py_store *o = (struct py_store *)self;
+	PyTypeObject *type = Py_TYPE(self);
+	PyObject *error, *value, *trace;
+
+	if (o->core) {
+		PyErr_Fetch(&error, &value, &trace);
+		close_core(o->core);
+		py_core_unref(o->core);
+		PyErr_Restore(error, value, trace);
+	}
+	((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+	Py_DECREF(type);
+}
+
+static PyObject *none_or_raise(struct py_core *core, int code)
+{
+	PyObject *result = code ? NULL : Py_NewRef(Py_None);
+
+	if (code && code != PY_RAISED)
+		py_raise(code);
+	py_core_collect(core);
+	return result;
+}
+
+static PyObject *store_close(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+	struct py_store *o = (struct py_store *)self;
+	int code = o->core ? close_core(o->core) : 0;
+
+	return code ? py_raise(code) : Py_NewRef(Py_None);
+}
+
+static PyObject *store_enter(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+	return Py_NewRef(self);
+}
+
+static PyObject *store_exit(PyObject *self, PyObject *const *Py_UNUSED(args),
+                            Py_ssize_t Py_UNUSED(nargs), PyObject *Py_UNUSED(kwnames))
+{
+	return store_close(self, NULL);
+}
+
+static PyObject *store_group(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                             PyObject *kwnames)
+{
+	static const char *const names[] = { "name", "host_limit", NULL };
+	PyObject *a[2] = { NULL };
+	struct py_core *core = py_store_core(self);
+	const char *name;
+	uint64_t limit;
+	int code;
+
+	if (!core || py_args("group", args, nargs, kwnames, names, 2, 2, a))
+		return NULL;
+	name = py_text(a[0], "name");
+	if (!name || py_size(a[1], "host_limit", &limit))
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	code = om_store_group(core->s, name, limit);
+	Py_END_ALLOW_THREADS
+	return none_or_raise(core, code);
+}
+
+struct name_call {
+	struct om_store *s;
+	const char *name;
+	bool write;
+	struct om_lease *lease;
+};
+
+static int call_lease(void *arg, uint64_t deadline_ns)
+{
+	struct name_call *c = arg;
+
+	return om_store_lease(c->s, c->name, c->write, deadline_ns, &c->lease);
+}
+
+static int call_evict(void *arg, uint64_t deadline_ns)
+{
+	struct name_call *c = arg;
+	int code = om_store_evict(c->s, c->name, deadline_ns);
+
+	if (code >= 0)
+		c->write = code > 0; /* the answer; positive codes are py_wait's own */
+	return code < 0 ? code : 0;
+}
+
+/* A write lease on memory that its producer calls read-only must get memory of our own: the block
+ * is moved out, and the lease brings it back elsewhere. */
+static int lease_own_memory(struct py_core *core, struct name_call *c, uint64_t deadline_ns)
+{
+	struct name_call evict = { .s = c->s, .name = c->name };
+	int code = 0;
+
+	while (code == 0 && py_core_is_readonly(core, om_lease_data(c->lease))) {
+		om_lease_unref(c->lease);
+		c->lease = NULL;
+		code = py_wait(call_evict, &evict, deadline_ns);
+		if (code == 0)
+			code = py_wait(call_lease, c, deadline_ns);
+	}
+	return code;
+}
+
+static PyObject *store_lease(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                             PyObject *kwnames)
+{
+	static const char *const names[] = { "name", "write", "timeout", NULL };
+	PyObject *a[3] = { NULL }, *result;
+	struct py_core *core = py_store_core(self);
+	struct name_call c = { 0 };
+	uint64_t deadline_ns = 0;
+	int write = 0, code;
+
+	if (om_likely(nargs == 1 && !kwnames))
+		a[0] = args[0];
+	else if (py_args("lease", args, nargs, kwnames, names, 1, 3, a))
+		return NULL;
+	c.name = py_text(a[0], "name");
+	if (om_unlikely(!core || !c.name))
+		return NULL;
+	if (a[1] && (write = PyObject_IsTrue(a[1])) < 0)
+		return NULL;
+	if (a[2] && py_deadline(a[2], &deadline_ns))
+		return NULL;
+	c.s = core->s;
+	c.write = write;
+	code = call_lease(&c, 0);
+	if (om_unlikely(code == OM_EBUSY || (write && core->foreign)) && !a[2])
+		deadline_ns = om_deadline(PY_DEFAULT_TIMEOUT_NS);
+	if (code == OM_EBUSY)
+		code = py_wait(call_lease, &c, deadline_ns);
+	if (om_unlikely(write && code == 0 && core->foreign))
+		code = lease_own_memory(core, &c, deadline_ns);
+	if (om_likely(code == 0))
+		result = py_lease_new(core, c.lease);
+	else
+		result = code == PY_RAISED ? NULL : py_raise(code);
+	py_core_collect(core);
+	return result;
+}
+
+static PyObject *store_evict(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                             PyObject *kwnames)
+{
+	static const char *const names[] = { "name", "timeout", NULL };
+	PyObject *a[2] = { NULL }, *result;
+	struct py_core *core = py_store_core(self);
+	struct name_call c = { 0 };
+	uint64_t deadline_ns;
+	int code;
+
+	if (!core || py_args("evict", args, nargs, kwnames, names, 1, 2, a))
+		return NULL;
+	c.s = core->s;
+	c.name = py_text(a[0], "name");
+	if (!c.name || py_deadline(a[1], &deadline_ns))
+		return NULL;
+	code = py_wait(call_evict, &c, deadline_ns);
+	if (code == 0)
+		result = PyBool_FromLong(c.write);
+	else
+		result = code == PY_RAISED ? NULL : py_raise(code);
+	py_core_collect(core);
+	return result;
+}
+
+static PyObject *store_remove(PyObject *self, PyObject *name)
+{
+	struct py_core *core = py_store_core(self);
+	const char *text = py_text(name, "name");
+	int code;
+
+	if (!core || !text)
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	code = om_store_remove(core->s, text);
+	Py_END_ALLOW_THREADS
+	return none_or_raise(core, code);
+}
+
+static int store_contains(PyObject *self, PyObject *name)
+{
+	struct py_core *core = py_store_core(self);
+	const char *text;
+
+	if (!core)
+		return -1;
+	if (!PyUnicode_Check(name))
+		return 0;
+	text = py_text(name, "name");
+	if (!text) {
+		PyErr_Clear(); /* NUL or a lone surrogate: no block can be called so */
+		return 0;
+	}
+	return om_store_contains(core->s, text);
+}
+
+static PyObject *store_names(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+	struct py_core *core = py_store_core(self);
+	PyObject *list;
+	char **names;
+	size_t count;
+	int code;
+
+	if (!core)
+		return NULL;
+	code = om_store_names(core->s, &names, &count);
+	if (code)
+		return py_raise(code);
+	list = PyList_New((Py_ssize_t)count);
+	for (size_t i = 0; list && i < count; i++) {
+		PyObject *name = PyUnicode_FromString(names[i]);
+
+		if (!name || PyList_SetItem(list, (Py_ssize_t)i, name))
+			Py_CLEAR(list);
+	}
+	om_names_free(names, count);
+	return list;
+}
+
+static PyObject *store_check(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+	struct py_core *core = py_store_core(self);
+	int code;
+
+	if (!core)
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	code = om_store_check(core->s);
+	Py_END_ALLOW_THREADS
+	return none_or_raise(core, code);
+}
+
+/* (nbytes, (tier, ...), leases, origin or None, origin offset, extents, dtype or None, shape or
+ * None, group): the fields of BlockInfo in order. */
+static PyObject *info_tuple(const struct om_info *i)
+{
+	PyObject *dtype = NULL, *shape = NULL, *tiers, *origin;
+	bool host = i->tiers & OM_TIER_HOST, disk = i->tiers & OM_TIER_DISK;
+
+	tiers = host && disk ? Py_BuildValue("(ss)", "host", "disk") :
+	        host         ? Py_BuildValue("(s)", "host") :
+	        disk         ? Py_BuildValue("(s)", "disk") :
+	                       PyTuple_New(0);
+	origin = i->has_origin ? PyUnicode_DecodeFSDefault(i->origin) : Py_NewRef(Py_None);
+	if (i->desc.ndim >= 0) {
+		dtype = py_dtype_name(py_desc_type(&i->desc));
+		shape = py_dims_tuple(i->desc.shape, i->desc.ndim);
+	} else {
+		dtype = Py_NewRef(Py_None);
+		shape = Py_NewRef(Py_None);
+	}
+	return Py_BuildValue("(KNINKnNNs)", (unsigned long long)i->nbytes, tiers, i->leases, origin,
+	                     (unsigned long long)i->origin_offset, (Py_ssize_t)i->origin_count, dtype,
+	                     shape, i->group);
+}
+
+static PyObject *store_info(PyObject *self, PyObject *name)
+{
+	struct py_core *core = py_store_core(self);
+	const char *text = py_text(name, "name");
+	struct om_info info;
+	int code;
+
+	if (!core || !text)
+		return NULL;
+	memset(&info, 0, sizeof(info));
+	code = om_store_info(core->s, text, &info);
+	return code ? py_raise(code) : info_tuple(&info);
+}
+
+static PyObject *tier_tuple(const struct om_tier_stats *t)
+{
+	return Py_BuildValue("(KKKK)", (unsigned long long)t->used_bytes,
+	                     (unsigned long long)t->peak_bytes, (unsigned long long)t->limit_bytes,
+	                     (unsigned long long)t->mapped_bytes);
+}
+
+static int put(PyObject *dict, const char *key, PyObject *value)
+{
+	int failed = value ? PyDict_SetItemString(dict, key, value) : -1;
+
+	Py_XDECREF(value);
+	return failed;
+}
+
+static PyObject *stats_dict(const struct om_stats *s)
+{
+	const struct {
+		const char *key;
+		uint64_t value;
+	} counters[] = {
+		{ "exported_bytes", s->exported_bytes }, { "blocks", s->blocks },
+		{ "leases", s->leases },                 { "hits", s->hits },
+		{ "misses", s->misses },                 { "fills", s->fills },
+		{ "drops", s->drops },                   { "writes", s->writes },
+		{ "read_bytes", s->read_bytes },         { "written_bytes", s->written_bytes },
+		{ "prefetches", s->prefetches },         { "prefetch_hits", s->prefetch_hits },
+		{ "prefetch_waste", s->prefetch_waste }, { "verified_bytes", s->verified_bytes },
+		{ "rereads", s->rereads },               { "corrupt", s->corrupt },
+		{ "io_errors", s->io_errors },
+	};
+	PyObject *dict = PyDict_New();
+	int failed = !dict;
+
+	for (size_t i = 0; i < sizeof(counters) / sizeof(counters[0]) && !failed; i++)
+		failed = put(dict, counters[i].key, PyLong_FromUnsignedLongLong(counters[i].value));
+	if (failed || put(dict, "host", tier_tuple(&s->host)) ||
+	    put(dict, "disk", tier_tuple(&s->disk)) ||
+	    put(dict, "read_busy_seconds", PyFloat_FromDouble((double)s->read_busy_ns / 1e9)) ||
+	    put(dict, "stall_seconds", PyFloat_FromDouble((double)s->stall_ns / 1e9)) ||
+	    put(dict, "io_backend", PyUnicode_FromString(s->io_backend)) ||
+	    put(dict, "io_reason", PyUnicode_DecodeLocale(s->io_reason, "surrogateescape")) ||
+	    put(dict, "io_fell_back", PyBool_FromLong(s->io_fell_back)))
+		Py_CLEAR(dict);
+	return dict;
+}
+
+static PyObject *store_stats(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+	struct py_core *core = py_store_core(self);
+	struct om_stats stats;
+	int code;
+
+	if (!core)
+		return NULL;
+	py_core_collect(core);
+	memset(&stats, 0, sizeof(stats));
+	code = om_store_stats(core->s, &stats);
+	return code ? py_raise(code) : stats_dict(&stats);
+}
+
+PyDoc_STRVAR(add_doc, "add($self, name, data, group=None, timeout=30.0)\n--\n\n"
+	"Copy the bytes of `data` (DLPack or buffer) in.");
+PyDoc_STRVAR(take_doc, "take($self, name, data, group=None, timeout=30.0)\n--\n\n"
+	"Keep the memory of `data` (DLPack or buffer) as the block's bytes.");
+PyDoc_STRVAR(add_file_doc, "add_file($self, name, extents, offset=None, nbytes=None, *, "
+	"dtype=None, shape=None, group=None)\n--\n\n"
+	"The block's bytes are ranges of files, read in place on demand.");
+PyDoc_STRVAR(lease_doc, "lease($self, name, write=False, timeout=30.0)\n--\n\n"
+	"Bring the bytes into memory and hold them.");
+PyDoc_STRVAR(prefetch_doc, "prefetch($self, names)\n--\n\nStart bringing blocks into memory.");
+PyDoc_STRVAR(evict_doc, "evict($self, name, timeout=30.0)\n--\n\n"
+	"Move a block out of memory; False when it is leased.");
+PyDoc_STRVAR(remove_doc, "remove($self, name, /)\n--\n\n"
+	"Free the name now, the bytes with the last lease.");
+PyDoc_STRVAR(names_doc, "names($self, /)\n--\n\nAll names in the order of adding.");
+PyDoc_STRVAR(info_doc, "_info($self, name, /)\n--\n\nThe fields of BlockInfo, as a tuple.");
+PyDoc_STRVAR(stats_doc, "_stats($self, /)\n--\n\nThe fields of StoreStats, as a dict.");
+PyDoc_STRVAR(check_doc, "check($self, /)\n--\n\nRaise CorruptError when an invariant is broken.");
+PyDoc_STRVAR(group_doc, "group($self, name, host_limit)\n--\n\n"
+	"Limit the bytes in memory of a group of blocks; 0: only the store's limit binds.");
+PyDoc_STRVAR(close_doc, "close($self, /)\n--\n\n"
+	"Stop the threads and free what nobody sees; live views keep their bytes.");
+
+/* prefetch is in py_ticket.c */
+PyObject *py_store_prefetch(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                            PyObject *kwnames);
+
+static PyMethodDef store_methods[] = {
+	{ "add", PY_FAST(py_store_add), PY_FAST_FLAGS, add_doc },
+	{ "take", PY_FAST(py_store_take), PY_FAST_FLAGS, take_doc },
+	{ "add_file", PY_FAST(py_store_add_file), PY_FAST_FLAGS, add_file_doc },
+	{ "lease", PY_FAST(store_lease), PY_FAST_FLAGS, lease_doc },
+	{ "prefetch", PY_FAST(py_store_prefetch), PY_FAST_FLAGS, prefetch_doc },
+	{ "evict", PY_FAST(store_evict), PY_FAST_FLAGS, evict_doc },
+	{ "remove", store_remove, METH_O, remove_doc },
+	{ "names", store_names, METH_NOARGS, names_doc },
+	{ "_info", store_info, METH_O, info_doc },
+	{ "_stats", store_stats, METH_NOARGS, stats_doc },
+	{ "check", store_check, METH_NOARGS, check_doc },
+	{ "group", PY_FAST(store_group), PY_FAST_FLAGS, group_doc },
+	{ "close", store_close, METH_NOARGS, close_doc },
+	{ "__enter__", store_enter, METH_NOARGS, NULL },
+	{ "__exit__", PY_FAST(store_exit), PY_FAST_FLAGS, NULL },
+	{ NULL, NULL, 0, NULL },
+};
+
+static PyType_Slot store_slots[] = {
+	{ Py_tp_doc, "A store of named blocks in HOST and DISK (see omnimem.Store)." },
+	{ Py_tp_init, store_init },
+	{ Py_tp_new, PyType_GenericNew },
+	{ Py_tp_dealloc, store_dealloc },
+	{ Py_tp_methods, store_methods },
+	{ Py_sq_contains, store_contains },
+	{ 0, NULL },
+};
+
+PyType_Spec py_store_spec = {
+	.name = "omnimem._core.Store",
+	.basicsize = sizeof(struct py_store),
+	.flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+	.slots = store_slots,
+};

@@ -1,0 +1,543 @@
+/*
+ * py_stream: _core.Stream, units of blocks that pass through a ring.
+ *
+ * Owns one stream of the core, and per unit what its windows look like, checked once. windows() is
+ * the hot path of a layer: one capsule a window, no Python but the list.
+ */
+#include "bind/py_bind.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+PyTypeObject *py_stream_type;
+
+struct window {
+	size_t block;
+	uint64_t offset;
+	struct om_dl_type type;
+	int ndim;
+	int64_t *shape;
+};
+
+struct unit {
+	size_t blocks;
+	bool *resident;   /* a block */
+	uint64_t *nbytes; /* a block */
+	size_t windows;
+	struct window *window;
+	int64_t *shapes; /* of all windows */
+};
+
+struct py_stream {
+	PyObject_HEAD
+	struct om_stream *st; /* NULL: closed */
+	struct py_core *core;
+	size_t count;
+	struct unit *units;
+	unsigned inside; /* threads in a call without the GIL */
+};
+
+static void clear_windows(struct unit *u)
+{
+	free(u->window);
+	free(u->shapes);
+	u->window = NULL;
+	u->shapes = NULL;
+	u->windows = 0;
+}
+
+static void free_units(struct unit *units, size_t count)
+{
+	for (size_t i = 0; units && i < count; i++) {
+		clear_windows(&units[i]);
+		free(units[i].resident);
+		free(units[i].nbytes);
+	}
+	free(units);
+}
+
+/* ---- creation ---- */
+
+/* Blocks of one unit: names into `names`, the rest into `u`. */
+static int read_blocks(struct py_core *core, PyObject *tuple, struct unit *u, const char **names)
+{
+	struct om_info info;
+
+	for (size_t i = 0; i < u->blocks; i++) {
+		PyObject *pair = PyTuple_GetItem(tuple, (Py_ssize_t)i);
+		int resident, code;
+
+		if (!PyTuple_Check(pair) || PyTuple_Size(pair) != 2) {
+			PyErr_SetString(PyExc_TypeError, "a unit's block is a tuple (name, resident)");
+			return -1;
+		}
+		names[i] = py_text(PyTuple_GetItem(pair, 0), "a block's name");
+		resident = PyObject_IsTrue(PyTuple_GetItem(pair, 1));
+		if (!names[i] || resident < 0)
+			return -1;
+		code = om_store_info(core->s, names[i], &info);
+		if (code) {
+			py_raise(code);
+			return -1;
+		}
+		u->resident[i] = resident;
+		u->nbytes[i] = info.nbytes;
+	}
+	return 0;
+}
+
+/* One unit; *ret_keep holds the tuple whose texts are pointed to. */
+static int read_unit(struct py_core *core, PyObject *o, struct unit *u, struct om_stream_unit *su,
+                     PyObject **ret_keep)
+{
+	const char **names;
+
+	if (!PyTuple_Check(o) || PyTuple_Size(o) != 2) {
+		PyErr_SetString(PyExc_TypeError, "a unit is a tuple (name, [(block, resident), ...])");
+		return -1;
+	}
+	su->name = py_text(PyTuple_GetItem(o, 0), "a unit's name");
+	*ret_keep = su->name ? PySequence_Tuple(PyTuple_GetItem(o, 1)) : NULL;
+	if (!*ret_keep)
+		return -1;
+	u->blocks = (size_t)PyTuple_Size(*ret_keep);
+	u->resident = calloc(u->blocks + 1, sizeof(*u->resident));
+	u->nbytes = calloc(u->blocks + 1, sizeof(*u->nbytes));
+	names = calloc(u->blocks + 1, sizeof(*names));
+	su->blocks = names;
+	su->resident = u->resident;
+	su->count = u->blocks;
+	if (!u->resident || !u->nbytes || !names) {
+		PyErr_NoMemory();
+		return -1;
+	}
+	return read_blocks(core, *ret_keep, u, names);
+}
+
+static int create(struct py_stream *o, const char *group, PyObject *tuple)
+{
+	size_t n = (size_t)PyTuple_Size(tuple);
+	struct om_stream_unit *su = calloc(n + 1, sizeof(*su));
+	PyObject **keep = calloc(n + 1, sizeof(*keep));
+	int failed = -1, code;
+
+	o->units = calloc(n + 1, sizeof(*o->units));
+	o->count = o->units ? n : 0;
+	if (!su || !keep || !o->units) {
+		PyErr_NoMemory();
+		goto out;
+	}
+	for (size_t i = 0; i < n; i++)
+		if (read_unit(o->core, PyTuple_GetItem(tuple, (Py_ssize_t)i), &o->units[i], &su[i],
+		              &keep[i]))
+			goto out;
+	Py_BEGIN_ALLOW_THREADS
+	code = om_stream_create(o->core->s, group, su, n, &o->st);
+	Py_END_ALLOW_THREADS
+	failed = code ? -1 : 0;
+	if (code) {
+		o->st = NULL;
+		py_raise(code);
+	}
+out:
+	for (size_t i = 0; i < n; i++) {
+		if (su)
+			free((void *)su[i].blocks);
+		if (keep)
+			Py_XDECREF(keep[i]);
+	}
+	free(su);
+	free(keep);
+	return failed;
+}
+
+static PyObject *stream_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+	static char *names[] = { "store", "group", "units", NULL };
+	struct py_stream *o;
+	struct py_core *core;
+	PyObject *store, *units, *tuple;
+	const char *group;
+	int failed;
+
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!sO:Stream", names, py_store_type, &store,
+	                                 &group, &units))
+		return NULL;
+	core = py_store_core(store);
+	if (!core)
+		return NULL;
+	o = (struct py_stream *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+	if (!o)
+		return NULL;
+	o->core = py_core_ref(core);
+	tuple = PySequence_Tuple(units);
+	failed = tuple ? create(o, group, tuple) : -1;
+	Py_XDECREF(tuple);
+	if (failed) {
+		Py_DECREF(o);
+		return NULL;
+	}
+	return (PyObject *)o;
+}
+
+static void let_go(struct py_stream *o)
+{
+	struct om_stream *st = o->st;
+
+	if (!st)
+		return;
+	o->st = NULL;
+	Py_BEGIN_ALLOW_THREADS
+	om_stream_free(st);
+	Py_END_ALLOW_THREADS
+	py_core_collect(o->core);
+}
+
+static void stream_dealloc(PyObject *self)
+{
+	struct py_stream *o = (struct py_stream *)self;
+	PyTypeObject *type = Py_TYPE(self);
+
+	let_go(o);
+	free_units(o->units, o->count);
+	if (o->core)
+		py_core_unref(o->core);
+	((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+	Py_DECREF(type);
+}
+
+/* ---- use ---- */
+
+static struct om_stream *open_stream(struct py_stream *o)
+{
+	if (!o->st)
+		py_raise_closed("the stream is closed");
+	return o->st;
+}
+
+/* The open stream and a unit's number out of an argument. */
+static int read_place(struct py_stream *o, PyObject *unit, size_t *ret)
+{
+	uint64_t number;
+
+	if (!open_stream(o) || py_size(unit, "unit", &number))
+		return -1;
+	if (number >= o->count) {
+		PyErr_Format(PyExc_ValueError, "unit %llu: the stream has %zu units",
+		             (unsigned long long)number, o->count);
+		return -1;
+	}
+	*ret = (size_t)number;
+	return 0;
+}
+
+struct stream_call {
+	struct om_stream *st;
+	size_t unit;
+	bool bind;
+};
+
+static int call_load(void *arg, uint64_t deadline_ns)
+{
+	return om_stream_load(((struct stream_call *)arg)->st, deadline_ns);
+}
+
+static int call_enter(void *arg, uint64_t deadline_ns)
+{
+	struct stream_call *c = arg;
+
+	return om_stream_enter(c->st, c->unit, deadline_ns, &c->bind);
+}
+
+static int wait_inside(struct py_stream *o, int (*call)(void *, uint64_t), struct stream_call *c,
+                       uint64_t deadline_ns)
+{
+	int code;
+
+	c->st = o->st;
+	o->inside++;
+	code = py_wait(call, c, deadline_ns);
+	o->inside--;
+	if (code && code != PY_RAISED)
+		py_raise(code);
+	py_core_collect(o->core);
+	return code;
+}
+
+static PyObject *stream_load(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                             PyObject *kwnames)
+{
+	static const char *const names[] = { "timeout", NULL };
+	struct py_stream *o = (struct py_stream *)self;
+	struct stream_call c = { 0 };
+	PyObject *timeout = NULL;
+	uint64_t deadline_ns;
+
+	if (py_args("load", args, nargs, kwnames, names, 0, 1, &timeout) ||
+	    py_deadline(timeout ? timeout : Py_None, &deadline_ns) || !open_stream(o))
+		return NULL;
+	return wait_inside(o, call_load, &c, deadline_ns) ? NULL : Py_NewRef(Py_None);
+}
+
+/* The unit was entered, but cannot be noted: give it back. */
+static PyObject *undo_enter(struct om_stream *st, const struct stream_call *c)
+{
+	bool unbind = false;
+
+	if (c->bind)
+		om_stream_bound(st, c->unit, false);
+	else if (om_stream_leave(st, c->unit, &unbind) == 0 && unbind)
+		om_stream_unbound(st, c->unit);
+	return NULL;
+}
+
+static PyObject *stream_enter(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                              PyObject *kwnames)
+{
+	static const char *const names[] = { "unit", "held", "timeout", NULL };
+	struct py_stream *o = (struct py_stream *)self;
+	struct stream_call c = { 0 };
+	PyObject *a[3] = { NULL };
+	uint64_t deadline_ns;
+
+	if (py_args("enter", args, nargs, kwnames, names, 2, 3, a) ||
+	    py_deadline(a[2], &deadline_ns) || read_place(o, a[0], &c.unit))
+		return NULL;
+	if (!PyList_Check(a[1])) {
+		PyErr_Format(PyExc_TypeError, "held must be a list, not %R", Py_TYPE(a[1]));
+		return NULL;
+	}
+	if (wait_inside(o, call_enter, &c, deadline_ns))
+		return NULL;
+	if (PyList_Append(a[1], a[0]))
+		return undo_enter(o->st, &c);
+	return PyBool_FromLong(c.bind);
+}
+
+static PyObject *stream_bound(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                              PyObject *kwnames)
+{
+	static const char *const names[] = { "unit", "ok", NULL };
+	struct py_stream *o = (struct py_stream *)self;
+	PyObject *a[2] = { NULL };
+	size_t unit;
+	int ok = 1;
+
+	if (py_args("bound", args, nargs, kwnames, names, 1, 2, a) || read_place(o, a[0], &unit))
+		return NULL;
+	if (a[1] && (ok = PyObject_IsTrue(a[1])) < 0)
+		return NULL;
+	om_stream_bound(o->st, unit, ok);
+	return Py_NewRef(Py_None);
+}
+
+static PyObject *stream_leave(PyObject *self, PyObject *number)
+{
+	struct py_stream *o = (struct py_stream *)self;
+	bool unbind = false;
+	size_t unit;
+	int code;
+
+	if (read_place(o, number, &unit))
+		return NULL;
+	code = om_stream_leave(o->st, unit, &unbind);
+	return code ? py_raise(code) : PyBool_FromLong(unbind);
+}
+
+static PyObject *stream_unbound(PyObject *self, PyObject *number)
+{
+	struct py_stream *o = (struct py_stream *)self;
+	size_t unit;
+
+	if (read_place(o, number, &unit))
+		return NULL;
+	om_stream_unbound(o->st, unit);
+	return Py_NewRef(Py_None);
+}
+
+/* ---- windows ---- */
+
+static int read_one_window(const struct unit *u, PyObject *o, struct window *w)
+{
+	uint64_t block, nbytes;
+	const char *dtype;
+
+	if (!PyTuple_Check(o) || PyTuple_Size(o) != 4) {
+		PyErr_SetString(PyExc_TypeError, "a window is a tuple (block index, offset, dtype, shape)");
+		return -1;
+	}
+	dtype = py_text(PyTuple_GetItem(o, 2), "dtype");
+	if (!dtype || py_dtype_parse(dtype, &w->type) ||
+	    py_size(PyTuple_GetItem(o, 0), "block index", &block) ||
+	    py_size(PyTuple_GetItem(o, 1), "offset", &w->offset) ||
+	    py_dims(PyTuple_GetItem(o, 3), "shape", w->shape, &w->ndim))
+		return -1;
+	if (block >= u->blocks) {
+		PyErr_Format(PyExc_ValueError, "block index %llu: the unit has %zu blocks",
+		             (unsigned long long)block, u->blocks);
+		return -1;
+	}
+	w->block = (size_t)block;
+	return py_window_check(u->nbytes[block], w->offset, w->type, w->ndim, w->shape, NULL, &nbytes);
+}
+
+static PyObject *stream_set_windows(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                    PyObject *kwnames)
+{
+	static const char *const names[] = { "unit", "windows", NULL };
+	struct py_stream *o = (struct py_stream *)self;
+	PyObject *a[2] = { NULL }, *tuple;
+	struct unit fresh = { 0 }, *u;
+	size_t unit, n;
+
+	if (py_args("set_windows", args, nargs, kwnames, names, 2, 2, a) ||
+	    read_place(o, a[0], &unit))
+		return NULL;
+	tuple = PySequence_Tuple(a[1]);
+	if (!tuple)
+		return NULL;
+	u = &o->units[unit];
+	n = (size_t)PyTuple_Size(tuple);
+	fresh.window = calloc(n + 1, sizeof(*fresh.window));
+	fresh.shapes = calloc(n + 1, sizeof(int64_t) * OM_MAX_NDIM);
+	if (!fresh.window || !fresh.shapes) {
+		PyErr_NoMemory();
+		goto fail;
+	}
+	for (; fresh.windows < n; fresh.windows++) {
+		struct window *w = &fresh.window[fresh.windows];
+
+		w->shape = fresh.shapes + fresh.windows * OM_MAX_NDIM;
+		if (read_one_window(u, PyTuple_GetItem(tuple, (Py_ssize_t)fresh.windows), w))
+			goto fail;
+	}
+	Py_DECREF(tuple);
+	clear_windows(u);
+	u->window = fresh.window;
+	u->shapes = fresh.shapes;
+	u->windows = n;
+	return Py_NewRef(Py_None);
+fail:
+	Py_DECREF(tuple);
+	clear_windows(&fresh);
+	return NULL;
+}
+
+static PyObject *export_window(struct py_stream *o, size_t unit, const struct window *w)
+{
+	struct py_view v = { .lease = om_stream_lease(o->st, unit, w->block),
+		             .type = w->type,
+		             .ndim = w->ndim,
+		             .shape = w->shape };
+
+	if (!v.lease)
+		return py_raise_closed("the unit's bytes are not in memory: load() and enter() come first");
+	v.data = (char *)om_lease_data(v.lease) + w->offset;
+	v.writable = om_lease_writable(v.lease);
+	return py_export(&v, true, false);
+}
+
+static PyObject *stream_windows(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                PyObject *kwnames)
+{
+	static const char *const names[] = { "unit", "resident", NULL };
+	struct py_stream *o = (struct py_stream *)self;
+	PyObject *a[2] = { NULL }, *list;
+	const struct unit *u;
+	size_t unit;
+	int resident = -1; /* both kinds */
+
+	if (py_args("windows", args, nargs, kwnames, names, 1, 2, a) || read_place(o, a[0], &unit))
+		return NULL;
+	if (a[1] && a[1] != Py_None && (resident = PyObject_IsTrue(a[1])) < 0)
+		return NULL;
+	u = &o->units[unit];
+	list = PyList_New(0);
+	for (size_t i = 0; list && i < u->windows; i++) {
+		const struct window *w = &u->window[i];
+		PyObject *capsule;
+
+		if (resident >= 0 && u->resident[w->block] != resident)
+			continue;
+		capsule = export_window(o, unit, w);
+		if (!capsule || PyList_Append(list, capsule))
+			Py_CLEAR(list);
+		Py_XDECREF(capsule);
+	}
+	return list;
+}
+
+/* ---- the rest ---- */
+
+static PyObject *stream_stats(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+	struct py_stream *o = (struct py_stream *)self;
+	struct om_stream_stats s = { 0 };
+	int code;
+
+	if (!open_stream(o))
+		return NULL;
+	code = om_stream_stats(o->st, &s);
+	if (code)
+		return py_raise(code);
+	return Py_BuildValue("{sKsKsdsKsK}", "enters", (unsigned long long)s.enters, "hits",
+	                     (unsigned long long)s.hits, "stall_seconds", (double)s.stall_ns / 1e9,
+	                     "read_bytes", (unsigned long long)s.read_bytes, "mispredicted",
+	                     (unsigned long long)s.mispredicted);
+}
+
+static PyObject *stream_close(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+	struct py_stream *o = (struct py_stream *)self;
+
+	if (o->st && o->inside) {
+		om_err(OM_EBUSY, "the stream cannot close: %u threads wait inside it", o->inside);
+		return py_raise(OM_EBUSY);
+	}
+	let_go(o);
+	return Py_NewRef(Py_None);
+}
+
+PyDoc_STRVAR(load_doc, "load($self, timeout=None)\n--\n\nRead the resident blocks and keep them.");
+PyDoc_STRVAR(enter_doc, "enter($self, unit, held, timeout=30.0)\n--\n\n"
+	"Bring the unit's streamed blocks in and append `unit` to the list `held`; True when the "
+	"caller must make the windows and call bound().");
+PyDoc_STRVAR(bound_doc, "bound($self, unit, ok=True)\n--\n\nThe windows are made, or could not be.");
+PyDoc_STRVAR(leave_doc, "leave($self, unit, /)\n--\n\n"
+	"Done with a unit; True when the caller must drop the windows and call unbound().");
+PyDoc_STRVAR(unbound_doc, "unbound($self, unit, /)\n--\n\nThe windows are gone.");
+PyDoc_STRVAR(set_windows_doc, "set_windows($self, unit, windows)\n--\n\n"
+	"What windows() returns: (block index, offset, dtype, shape) each.");
+PyDoc_STRVAR(windows_doc, "windows($self, unit, resident=None)\n--\n\n"
+	"DLPack capsules, in the order of set_windows(), of all, resident or streamed blocks.");
+PyDoc_STRVAR(stats_doc, "stats($self, /)\n--\n\nCounters.");
+PyDoc_STRVAR(close_doc, "close($self, /)\n--\n\nLet all leases go; views keep their bytes.");
+
+static PyMethodDef stream_methods[] = {
+	{ "load", PY_FAST(stream_load), PY_FAST_FLAGS, load_doc },
+	{ "enter", PY_FAST(stream_enter), PY_FAST_FLAGS, enter_doc },
+	{ "bound", PY_FAST(stream_bound), PY_FAST_FLAGS, bound_doc },
+	{ "leave", stream_leave, METH_O, leave_doc },
+	{ "unbound", stream_unbound, METH_O, unbound_doc },
+	{ "set_windows", PY_FAST(stream_set_windows), PY_FAST_FLAGS, set_windows_doc },
+	{ "windows", PY_FAST(stream_windows), PY_FAST_FLAGS, windows_doc },
+	{ "stats", stream_stats, METH_NOARGS, stats_doc },
+	{ "close", stream_close, METH_NOARGS, close_doc },
+	{ NULL, NULL, 0, NULL },
+};
+
+static PyType_Slot stream_slots[] = {
+	{ Py_tp_doc, "Stream(store, group, units)\n--\n\n"
+	             "Units of blocks: resident ones stay, streamed ones pass through a ring." },
+	{ Py_tp_new, stream_new },
+	{ Py_tp_dealloc, stream_dealloc },
+	{ Py_tp_methods, stream_methods },
+	{ 0, NULL },
+};
+
+PyType_Spec py_stream_spec = {
+	.name = "omnimem._core.Stream",
+	.basicsize = sizeof(struct py_stream),
+	.flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+	.slots = stream_slots,
+};
