@@ -164,7 +164,11 @@ def _print_table(
         ("identical tokens", "", yes[same_tokens]),
         (f"identical logits ({steps} steps, bit by bit)", "", yes[same_logits]),
         ("bytes of weights", show_size(weight_bytes), show_size(weight_bytes)),
-        ("of them in memory at a time", show_size(weight_bytes), show_size(budget_bytes)),
+        (
+            "of them in memory at a time",
+            show_size(weight_bytes),
+            show_size(min(budget_bytes, weight_bytes)),
+        ),
         ("peak memory *", show_size(plain["peak_bytes"]), show_size(ours["peak_bytes"])),
         (
             "  above the process without a model",
