@@ -7,6 +7,7 @@ import os
 import random
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -451,6 +452,15 @@ def test_read_gives_the_memory_back(tmp_path: Path) -> None:
             for name in opened.names():
                 with opened.read(name) as lease:
                     assert memoryview(lease).nbytes == size
+
+
+@pytest.mark.usefixtures("core")
+def test_threads_may_read_the_same_tensor(tmp_path: Path) -> None:
+    data = os.urandom(1 << 20)
+    path = write(tmp_path / "x", pack({"t": entry("U8", [1 << 20], 0, 1 << 20)}, data))
+    with checkpoint.open(path) as opened, ThreadPoolExecutor(4) as pool:
+        arrays = list(pool.map(lambda _: np.from_dlpack(opened.read("t")), range(3)))
+    assert all(array.tobytes() == data for array in arrays)
 
 
 def test_errors_are_omnimem_errors() -> None:
