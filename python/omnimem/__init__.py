@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from omnimem.config import StoreConfig
+from omnimem import checkpoint as checkpoint
+from omnimem._core import Lease, Ticket, Window
+from omnimem.config import StoreConfig, format_size, parse_size
 from omnimem.errors import (
     BusyError,
     ClosedError,
@@ -14,5 +16,28 @@ from omnimem.errors import (
     IOFailure,
     LimitError,
 )
+from omnimem.store import BlockInfo, Store, StoreStats, TierStats
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BlockInfo",
+    "BusyError",
+    "ClosedError",
+    "CorruptError",
+    "DeviceError",
+    "DiskFullError",
+    "Error",
+    "FormatError",
+    "IOFailure",
+    "Lease",
+    "LimitError",
+    "Store",
+    "StoreConfig",
+    "StoreStats",
+    "Ticket",
+    "TierStats",
+    "Window",
+    "format_size",
+    "parse_size",
+]

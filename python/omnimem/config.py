@@ -88,24 +88,30 @@ class StoreConfig:
     """Threads of the thread back end."""
 
     def __post_init__(self) -> None:
-        for name in ("host_limit", "disk_limit", "io_window", "io_request"):
-            object.__setattr__(self, name, parse_size(getattr(self, name), name))
-        if self.host_limit < 1 << 20:
-            raise ValueError(f"host_limit={self.host_limit} is below the least, 1 MiB")
+        host = self._to_bytes("host_limit")
+        self._to_bytes("disk_limit")
+        window = self._to_bytes("io_window")
+        request = self._to_bytes("io_request")
+        if host < 1 << 20:
+            raise ValueError(f"host_limit={host} is below the least, 1 MiB")
         _one_of("io_backend", self.io_backend, ("auto", "uring", "threads"))
         _one_of("verify", self.verify, ("always", "first"))
-        if not (64 << 10) <= self.io_request <= (1 << 20) or self.io_request % 4096:
+        if not (64 << 10) <= request <= (1 << 20) or request % 4096:
             raise ValueError(
-                f"io_request={self.io_request} must be a multiple of 4096 from 65536 to 1048576"
+                f"io_request={request} must be a multiple of 4096 from 65536 to 1048576"
             )
-        if not self.io_request <= self.io_window <= (1 << 30):
-            raise ValueError(
-                f"io_window={self.io_window} must lie between io_request={self.io_request} and 1 GiB"
-            )
+        if not request <= window <= (1 << 30):
+            raise ValueError(f"io_window={window} must lie between io_request={request} and 1 GiB")
         if not 1 <= self.io_threads <= 64:
             raise ValueError(f"io_threads={self.io_threads} must lie between 1 and 64")
         if self.directory is not None:
             object.__setattr__(self, "directory", os.fspath(self.directory))
+
+    def _to_bytes(self, name: str) -> int:
+        """Keep a size as bytes."""
+        nbytes = parse_size(getattr(self, name), name)
+        object.__setattr__(self, name, nbytes)
+        return nbytes
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Self:

@@ -1,0 +1,253 @@
+"""The C core of omnimem, as Python sees it."""
+
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from types import TracebackType
+from typing import Any, Protocol, Self, SupportsIndex, TypeAlias, final, type_check_only
+
+from typing_extensions import Buffer
+
+_Path: TypeAlias = str | bytes | PathLike[str] | PathLike[bytes]
+_Shape: TypeAlias = SupportsIndex | Iterable[SupportsIndex]
+_Extent: TypeAlias = tuple[_Path, int, int]
+
+@type_check_only
+class _SupportsDLPack(Protocol):
+    def __dlpack__(self) -> Any: ...
+
+_Capsule: TypeAlias = Any  # types.CapsuleType is younger than Python 3.11
+_Data: TypeAlias = Buffer | _SupportsDLPack | _Capsule
+
+class Store:
+    def __init__(
+        self,
+        host_limit: int,
+        disk_limit: int,
+        directory: _Path | None = None,
+        io_backend: str = "auto",
+        verify: str = "always",
+        io_window: int = 0,
+        io_request: int = 0,
+        io_threads: int = 0,
+    ) -> None: ...
+    def add(
+        self, name: str, data: _Data, group: str | None = None, timeout: float | None = 30.0
+    ) -> None:
+        """Copy the bytes of `data` in; its dtype and shape are remembered.
+
+        Raises
+        ------
+        ValueError
+            The name exists already.
+        LimitError, DiskFullError
+            Not all blocks without an origin would fit into HOST and DISK with room to exchange
+            the largest.
+        DeviceError
+            The data is not in the CPU's memory.
+        BusyError
+            No room before the deadline, since leases hold it.
+        """
+
+    def take(
+        self, name: str, data: _Data, group: str | None = None, timeout: float | None = 30.0
+    ) -> None:
+        """Keep the memory of `data` as the block's bytes, without a copy.
+
+        It counts in the limit, and goes back to its producer when the bytes are elsewhere and the
+        last view is gone. Nobody may write to it meanwhile.
+        """
+
+    def add_file(
+        self,
+        name: str,
+        extents: _Path | Iterable[_Extent],
+        offset: int | None = None,
+        nbytes: int | None = None,
+        *,
+        dtype: str | None = None,
+        shape: _Shape | None = None,
+        group: str | None = None,
+    ) -> None:
+        """The block's bytes are ranges of files (or one: path, offset, nbytes), read in place."""
+
+    def lease(self, name: str, write: bool = False, timeout: float | None = 30.0) -> Lease:
+        """Bring the bytes into memory and hold them.
+
+        With `write`, wait until nobody else holds them; the other copies and the origin are
+        dropped.
+
+        Raises
+        ------
+        KeyError
+            No block has that name.
+        BusyError
+            The deadline passed; `holders` says what is held.
+        CorruptError, IOFailure
+            The bytes could not be read, or differ from those stored.
+        """
+
+    def prefetch(self, names: Iterable[str]) -> Ticket:
+        """Start bringing blocks into memory."""
+
+    def evict(self, name: str, timeout: float | None = 30.0) -> bool:
+        """Move a block out of memory; False when it is leased."""
+
+    def remove(self, name: str, /) -> None:
+        """Free the name now, the bytes with the last lease."""
+
+    def names(self) -> list[str]:
+        """All names in the order of adding."""
+
+    def check(self) -> None:
+        """Raise CorruptError when an invariant of the store is broken."""
+
+    def group(self, name: str, host_limit: int) -> None:
+        """Limit a group's bytes in memory; 0: only the store's limit binds."""
+
+    def close(self) -> None:
+        """Stop the threads and free what nobody sees; live views keep their bytes. Idempotent."""
+
+    def _info(self, name: str, /) -> tuple[Any, ...]: ...
+    def _stats(self) -> dict[str, Any]: ...
+    def __contains__(self, name: object, /) -> bool: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+        /,
+    ) -> None: ...
+
+@final
+class Lease:
+    """The right to a block's bytes: a context manager, a buffer (1-D uint8), a DLPack producer.
+
+    Views made from it (buffers, tensors, windows) keep the bytes after its release.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def writable(self) -> bool: ...
+    @property
+    def released(self) -> bool: ...
+    def release(self) -> None:
+        """Let the bytes go; idempotent. New views raise `ClosedError` from now on."""
+
+    def window(
+        self, offset: int, dtype: str, shape: _Shape, strides: _Shape | None = None
+    ) -> Window:
+        """A typed view from `offset` bytes on; `strides` in elements, C-contiguous by default."""
+
+    def __dlpack__(
+        self,
+        *,
+        stream: object = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> _Capsule: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+        /,
+    ) -> None: ...
+
+@final
+class Window:
+    """A typed view on part of a block: a buffer and a DLPack producer."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def strides(self) -> tuple[int, ...]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: object = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> _Capsule: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class Ticket:
+    """A promise that blocks come to memory (`Store.prefetch`)."""
+
+    @property
+    def done(self) -> bool: ...
+    def wait(self, timeout: float | None = None) -> bool:
+        """True when all are there, False at the deadline; raises what a move raised."""
+
+    def cancel(self) -> None:
+        """Drop what is queued or in flight."""
+
+@final
+class Stream:
+    """Units of blocks: resident ones stay in memory, streamed ones pass through a ring."""
+
+    def __new__(
+        cls,
+        store: Store,
+        group: str,
+        units: Iterable[tuple[str, Iterable[tuple[str, bool]]]],
+    ) -> Self: ...
+    def load(self, timeout: float | None = None) -> None:
+        """Read the resident blocks and keep them."""
+
+    def enter(self, unit: int, held: list[int], timeout: float | None = 30.0) -> bool:
+        """Bring the unit's streamed blocks in and append `unit` to `held`.
+
+        True when the caller must make the windows and call `bound`. On an error nothing is
+        appended and nothing is held.
+        """
+
+    def bound(self, unit: int, ok: bool = True) -> None:
+        """The windows are made, or could not be (the unit is given back)."""
+
+    def leave(self, unit: int, /) -> bool:
+        """Done with a unit; True when the caller must drop the windows and call `unbound`."""
+
+    def unbound(self, unit: int, /) -> None:
+        """The windows are gone: the bytes may go."""
+
+    def set_windows(self, unit: int, windows: Sequence[tuple[int, int, str, _Shape]]) -> None:
+        """What `windows` returns: (block index, offset in bytes, dtype, shape) each."""
+
+    def windows(self, unit: int, resident: bool | None = None) -> list[_Capsule]:
+        """DLPack capsules in the order of `set_windows`.
+
+        Those of all blocks, or only of the resident or the streamed ones.
+        """
+
+    def stats(self) -> dict[str, Any]: ...
+    def close(self) -> None:
+        """Let all leases go; views keep their bytes."""
+
+def _fault_arm(point: str, nth: int = 1, sticky: bool = False, /) -> None: ...
+def _fault_reset() -> None: ...
+def _fault_fired(point: str, /) -> int: ...
+def _fault_points() -> tuple[str, ...]: ...
+def _dtype_code(dtype: str, /) -> tuple[int, int, int]: ...

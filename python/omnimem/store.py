@@ -1,0 +1,209 @@
+"""The store: named blocks of bytes in RAM and on disk, and the rights to touch them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from omnimem import _core
+from omnimem.config import StoreConfig, parse_size
+
+__all__ = ["BlockInfo", "Store", "StoreStats", "TierStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """What a store knows of one block (`Store.info`)."""
+
+    nbytes: int
+    """Bytes of the block."""
+    tiers: tuple[str, ...]
+    """Where a whole copy is: "host", "disk" (the swap file)."""
+    leases: int
+    """Leases and views that hold it."""
+    origin: str | None
+    """Path of the first file range that holds the bytes; None: they came by `add` or `take`."""
+    origin_offset: int
+    """Where they begin in that file."""
+    origin_count: int
+    """File ranges."""
+    dtype: str | None
+    """Remembered element type as NumPy and torch spell it; None: unknown."""
+    shape: tuple[int, ...] | None
+    """Remembered shape; None: unknown."""
+    group: str
+    """The group that it belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Bytes of one tier."""
+
+    used_bytes: int = 0
+    """Held by copies of blocks."""
+    peak_bytes: int = 0
+    """The most that was ever used."""
+    limit_bytes: int = 0
+    """What may be used."""
+    mapped_bytes: int = 0
+    """Taken from the system: memory segments with their caches, or the swap file's size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreStats:
+    """Counters of a store since it was opened (`Store.stats`): bytes, seconds, events."""
+
+    host: TierStats
+    """RAM."""
+    disk: TierStats
+    """The swap file; files that are read in place do not count."""
+    packed: TierStats = TierStats()
+    """RAM, losslessly encoded: not in use by this version, so all zero."""
+    gpu: Mapping[str, TierStats] = field(default_factory=lambda: MappingProxyType({}))
+    """By device."""
+    exported_bytes: int
+    """Bytes of blocks that some consumer can still see (buffers, DLPack)."""
+    blocks: int
+    """Blocks with a name."""
+    leases: int
+    """Leases that are out."""
+    hits: int
+    """Leases that found the bytes in memory."""
+    misses: int
+    """Leases that did not."""
+    fills: int
+    """Copies brought into memory."""
+    drops: int
+    """Copies dropped for free: the bytes are elsewhere."""
+    writes: int
+    """Copies written to the swap file."""
+    read_bytes: int
+    """Read from devices, alignment included."""
+    written_bytes: int
+    """Written to the swap file, alignment included."""
+    read_busy_seconds: float
+    """With at least one read in flight."""
+    stall_seconds: float
+    """Threads waited for bytes."""
+    prefetches: int
+    """Blocks fetched ahead."""
+    prefetch_hits: int
+    """Of those, used."""
+    prefetch_waste: int
+    """Of those, dropped unused."""
+    verified_bytes: int
+    """Hashed on the way in."""
+    rereads: int
+    """Blocks read a second time because their checksum differed."""
+    corrupt: int
+    """Checksums that differed."""
+    io_errors: int
+    """Requests that failed for good."""
+    io_backend: str
+    """"uring" or "threads"."""
+    io_reason: str
+    """Why that one."""
+    io_fell_back: bool
+    """io_uring was wanted and denied."""
+
+
+class Store(_core.Store):
+    """Named blocks of bytes in RAM and on disk, within byte limits.
+
+    Parameters
+    ----------
+    config : StoreConfig, optional
+        Limits and I/O; by default `StoreConfig.from_env`.
+
+    Raises
+    ------
+    IOFailure
+        The directory of the swap file cannot be used, or io_uring was demanded and denied.
+
+    Warns
+    -----
+    RuntimeWarning
+        Once a process, when "auto" fell back to the thread back end; the text says why.
+
+    Notes
+    -----
+    A context manager. All methods may be called from any thread; those that wait let others run,
+    see Ctrl-C, and end at their `timeout` (seconds, None: never) with `BusyError`. After a fork the
+    child's calls raise `ClosedError`. A store that is dropped without `close` closes itself.
+    """
+
+    def __init__(self, config: StoreConfig | None = None) -> None:
+        if config is None:
+            config = StoreConfig.from_env()
+        elif not isinstance(config, StoreConfig):
+            raise TypeError(f"config must be a StoreConfig, not {type(config).__name__}")
+        super().__init__(
+            parse_size(config.host_limit),
+            parse_size(config.disk_limit),
+            config.directory,
+            config.io_backend,
+            config.verify,
+            parse_size(config.io_window),
+            parse_size(config.io_request),
+            config.io_threads,
+        )
+        self._config = config
+        _open_stores.add(self)
+        stats = super()._stats()
+        if stats["io_fell_back"]:
+            _warn_fallback(stats["io_reason"])
+
+    @property
+    def config(self) -> StoreConfig:
+        """What the store was opened with."""
+        return self._config
+
+    def info(self, name: str) -> BlockInfo:
+        """What is known of a block.
+
+        Raises
+        ------
+        KeyError
+            No block has that name.
+        """
+        return BlockInfo(*self._info(name))
+
+    def stats(self) -> StoreStats:
+        """Bytes by tier, and counters."""
+        values: dict[str, Any] = self._stats()
+        values["host"] = TierStats(*values["host"])
+        values["disk"] = TierStats(*values["disk"])
+        return StoreStats(**values)
+
+    def __repr__(self) -> str:
+        return f"<omnimem.Store, host_limit={self._config.host_limit}>"
+
+
+_open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+_warned = threading.Lock()  # taken once, by whoever warns first, and never given back
+
+
+def _warn_fallback(reason: str) -> None:
+    if _warned.acquire(blocking=False):
+        warnings.warn(
+            f"omnimem uses threads for I/O, since io_uring is not available: {reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _close_all(owner: int = os.getpid()) -> None:
+    if os.getpid() != owner:
+        return
+    for store in list(_open_stores):
+        store.close()
+
+
+atexit.register(_close_all)
