@@ -1,0 +1,113 @@
+"""Fixtures of the Python tests: stores on both I/O back ends, files with known bytes, children."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import omnimem
+from omnimem import _core
+
+PACKAGE_DIR = Path(omnimem.__file__).resolve().parent.parent
+
+
+@functools.cache
+def uring_refusal() -> str | None:
+    """Why io_uring cannot be had here; None when it can."""
+    with tempfile.TemporaryDirectory() as directory:
+        config = omnimem.StoreConfig(host_limit="4MiB", directory=directory, io_backend="uring")
+        try:
+            omnimem.Store(config).close()
+        except omnimem.Error as error:
+            return str(error)
+    return None
+
+
+@pytest.fixture(params=["uring", "threads"])
+def io_backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "uring" and uring_refusal():
+        pytest.skip(f"no io_uring here: {uring_refusal()}")
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _no_faults_left() -> Iterator[None]:
+    yield
+    _core._fault_reset()
+
+
+@pytest.fixture
+def open_store(tmp_path: Path, io_backend: str) -> Iterator[Callable[..., omnimem.Store]]:
+    """Opens stores (16 MiB of RAM, 64 MiB of disk unless told); checks and closes them."""
+    stores = []
+
+    def open_one(**fields: object) -> omnimem.Store:
+        fields = {
+            "host_limit": "16MiB",
+            "disk_limit": "64MiB",
+            "directory": tmp_path / "swap",
+            "io_backend": io_backend,
+        } | fields
+        stores.append(omnimem.Store(omnimem.StoreConfig(**fields)))
+        return stores[-1]
+
+    (tmp_path / "swap").mkdir(exist_ok=True)
+    yield open_one
+    _core._fault_reset()
+    for store in stores:
+        try:
+            store.check()
+        except omnimem.ClosedError:
+            pass
+        finally:
+            store.close()
+
+
+@pytest.fixture
+def store(open_store: Callable[..., omnimem.Store]) -> omnimem.Store:
+    return open_store()
+
+
+def data(nbytes: int, seed: int = 0) -> bytes:
+    """Bytes that no other seed has."""
+    return random.Random(f"{nbytes} {seed}").randbytes(nbytes)
+
+
+@pytest.fixture
+def file_of(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a file with given bytes."""
+
+    def write(content: bytes, name: str = "origin.bin") -> Path:
+        path = tmp_path / name
+        path.write_bytes(content)
+        return path
+
+    return write
+
+
+def run_python(code: str, *args: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter that finds this omnimem."""
+    path = os.pathsep.join([str(PACKAGE_DIR), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+
+
+def run_clean(code: str, *args: str, timeout: float = 120.0) -> str:
+    """As run_python; it must exit with 0 and say nothing on standard error."""
+    done = run_python(code, *args, timeout=timeout)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
