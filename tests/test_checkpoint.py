@@ -463,6 +463,21 @@ def test_threads_may_read_the_same_tensor(tmp_path: Path) -> None:
     assert all(array.tobytes() == data for array in arrays)
 
 
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_takes_every_dtype(tmp_path: Path, dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    name, bits = DTYPES[dtype]
+    data = bytes(at % 2 for at in range(24 * bits // 8))
+    path = write(tmp_path / "x", pack({"t": entry(dtype, [3, 8], 0, len(data))}, data))
+    with checkpoint.open(path) as opened:
+        tensor = torch.from_dlpack(opened.read("t"))
+    assert bytes(tensor.contiguous().view(torch.uint8).numpy()) == data
+    if bits >= 8:
+        assert str(tensor.dtype) == f"torch.{name}"
+        assert tensor.shape == (3, 8)
+
+
 def test_errors_are_omnimem_errors() -> None:
     assert issubclass(FormatError, Error)
     assert issubclass(FormatError, ValueError)

@@ -302,6 +302,6 @@ def _dense_view(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
         if info.shape and info.shape[-1] % 2 == 0:
             return "uint8", (*info.shape[:-1], info.shape[-1] // 2)
         return "uint8", (info.nbytes,)
-    if info.dtype.startswith("float6"):
+    if info.dtype.startswith("float6_"):
         return "uint8", (info.nbytes,)
     return info.dtype, info.shape
