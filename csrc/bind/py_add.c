@@ -34,18 +34,6 @@ static int call_take(void *arg, uint64_t deadline_ns)
 	                     py_foreign_release, c->foreign, deadline_ns);
 }
 
-static PyObject *finish(struct py_core *core, int code)
-{
-	PyObject *result = NULL;
-
-	if (code == 0)
-		result = Py_NewRef(Py_None);
-	else if (code != PY_RAISED)
-		py_raise(code);
-	py_core_collect(core);
-	return result;
-}
-
 /* The arguments that add and take share; `c` without the data. */
 static int read_add(const char *function, PyObject *self, PyObject *const *args, Py_ssize_t nargs,
                     PyObject *kwnames, struct add_call *c, PyObject **ret_data, uint64_t *ret_ns)
@@ -77,7 +65,7 @@ PyObject *py_store_add(PyObject *self, PyObject *const *args, Py_ssize_t nargs, 
 		return NULL;
 	c.data = &data;
 	code = py_wait(call_add, &c, deadline_ns);
-	o = finish(((struct py_store *)self)->core, code);
+	o = py_done(code); /* before the producer's code runs */
 	py_data_fini(&data);
 	return o;
 }
@@ -100,14 +88,9 @@ PyObject *py_store_take(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
 		return NULL;
 	}
 	code = py_wait(call_take, &c, deadline_ns);
-	o = NULL;
-	if (code == 0)
-		o = Py_NewRef(Py_None);
-	else if (code != PY_RAISED)
-		py_raise(code);
+	o = py_done(code);
 	if (code) /* the core kept nothing */
 		py_foreign_release(c.foreign);
-	py_core_collect(core);
 	return o;
 }
 
@@ -260,7 +243,7 @@ PyObject *py_store_add_file(PyObject *self, PyObject *const *args, Py_ssize_t na
 	Py_BEGIN_ALLOW_THREADS
 	code = om_store_add_file(core->s, name, group, files.ranges, files.count, &desc);
 	Py_END_ALLOW_THREADS
-	result = finish(core, code);
+	result = py_done(code);
 out:
 	free_files(&files);
 	return result;

@@ -18,6 +18,8 @@
 
 /* Raises this thread's error of the core as the class of its code; returns NULL. */
 PyObject *py_raise(int code);
+/* None for 0, else as py_raise; PY_RAISED leaves the exception that is set. Then py_collect. */
+PyObject *py_done(int code);
 /* Raises omnimem.errors.ClosedError or DeviceError. */
 PyObject *py_raise_closed(const char *text);
 PyObject *py_raise_device(const char *fmt, ...);
@@ -74,23 +76,24 @@ struct om_dl_type py_desc_type(const struct om_desc *desc);
 
 struct py_foreign;
 
-/* A store of the core and the memory of others that it keeps. Leases, tickets and streams hold one
- * reference each, so that none of them needs the Python object. */
+/* A store of the core and the memory of others that it keeps. Tickets and streams hold one reference
+ * each, so that none of them needs the Python object. */
 struct py_core {
 	struct om_store *s;
 	size_t refs;
 	struct py_foreign *foreign; /* list of what om_store_take keeps */
-	struct py_core *next_dead;
+	struct py_core *prev, *next; /* in py_keepers, while `keeps` */
+	bool keeps;
 };
 struct py_core *py_core_ref(struct py_core *c);
 void py_core_unref(struct py_core *c);
-/* Lets foreign memory go that is no longer needed; keeps the exception that is set, if any. */
-void py_core_collect_slow(struct py_core *c);
-extern struct py_core *py_dead_cores;
-static inline void py_core_collect(struct py_core *c)
+/* Lets producers' memory go that no store needs any more; keeps the exception that is set. */
+void py_collect_slow(void);
+extern struct py_core *py_keepers;
+static inline void py_collect(void)
 {
-	if (om_unlikely(c->foreign || py_dead_cores))
-		py_core_collect_slow(c);
+	if (om_unlikely(py_keepers))
+		py_collect_slow();
 }
 /* True when `data` lies in memory kept from a producer that made it read-only. */
 bool py_core_is_readonly(struct py_core *c, const void *data);
@@ -150,7 +153,7 @@ struct py_store {
 struct py_core *py_store_core(PyObject *store);
 
 /* Takes over one reference on `l`, also when it fails. */
-PyObject *py_lease_new(struct py_core *core, struct om_lease *l);
+PyObject *py_lease_new(struct om_lease *l);
 PyObject *py_window_new(struct om_lease *l, PyObject *const *args, Py_ssize_t nargs,
                         PyObject *kwnames);
 PyObject *py_ticket_new(struct py_core *core, struct om_ticket *t);

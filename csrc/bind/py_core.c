@@ -136,6 +136,18 @@ PyObject *py_raise(int code)
 	return NULL;
 }
 
+PyObject *py_done(int code)
+{
+	PyObject *result = NULL;
+
+	if (code == 0)
+		result = Py_NewRef(Py_None);
+	else if (code != PY_RAISED)
+		py_raise(code);
+	py_collect();
+	return result;
+}
+
 PyObject *py_raise_closed(const char *text)
 {
 	PyErr_SetString(find_class("ClosedError"), text);

@@ -2,17 +2,18 @@
  * py_foreign: the store as leases, tickets and streams hold it, and the memory of producers that
  * Store.take keeps.
  *
- * Guarded by the GIL. The core says through `release_foreign`, which it calls only from
+ * Guarded by the GIL. The core says through `py_foreign_release`, which it calls only from
  * om_store_collect and so on a thread of ours that has the GIL, that a producer's memory is no
- * longer needed. A store whose Python object is gone while a view still shows such memory waits in
- * the list of dead cores; any later operation looks at it.
+ * longer needed. Views may show such memory when its store is closed and its Python object is gone:
+ * every operation of any store therefore looks at all stores that keep some (`py_keepers`), and a
+ * store lives until it keeps none.
  */
 #include "bind/py_bind.h"
 #include "bind/py_foreign.h"
 
 #include <stdlib.h>
 
-struct py_core *py_dead_cores;
+struct py_core *py_keepers;
 
 struct py_core *py_core_new(struct om_store *s)
 {
@@ -33,10 +34,36 @@ struct py_core *py_core_ref(struct py_core *c)
 	return c;
 }
 
+static void link_keeper(struct py_core *c)
+{
+	if (c->keeps)
+		return;
+	c->keeps = true;
+	c->prev = NULL;
+	c->next = py_keepers;
+	if (c->next)
+		c->next->prev = c;
+	py_keepers = c;
+}
+
+static void unlink_keeper(struct py_core *c)
+{
+	if (!c->keeps)
+		return;
+	c->keeps = false;
+	if (c->prev)
+		c->prev->next = c->next;
+	else
+		py_keepers = c->next;
+	if (c->next)
+		c->next->prev = c->prev;
+}
+
 static void destroy(struct py_core *c)
 {
 	struct om_store *s = c->s;
 
+	unlink_keeper(c);
 	free(c);
 	Py_BEGIN_ALLOW_THREADS
 	om_store_unref(s);
@@ -47,58 +74,38 @@ void py_core_unref(struct py_core *c)
 {
 	if (--c->refs)
 		return;
-	if (c->foreign) { /* collect may run Python code, so hold it meanwhile */
-		c->refs = 1;
-		py_core_collect_slow(c);
-		c->refs--;
-	}
-	if (!c->foreign) {
+	if (c->foreign)
+		py_collect_slow();
+	else
 		destroy(c);
-		return;
-	}
-	c->next_dead = py_dead_cores;
-	py_dead_cores = c;
 }
 
-static void collect_dead(void)
+void py_collect_slow(void)
 {
-	struct py_core *c = py_dead_cores;
-
-	py_dead_cores = NULL;
-	while (c) {
-		struct py_core *next = c->next_dead;
-
-		c->refs = 1;
-		om_store_drain(c->s);
-		om_store_collect(c->s);
-		c->refs = 0;
-		if (c->foreign) {
-			c->next_dead = py_dead_cores;
-			py_dead_cores = c;
-		} else {
-			destroy(c);
-		}
-		c = next;
-	}
-}
-
-void py_core_collect_slow(struct py_core *c)
-{
+	static bool running; /* a producer's code may come here again */
 	PyObject *type, *value, *trace;
+	struct py_core *c, *next;
 
+	if (running)
+		return;
+	running = true;
 	PyErr_Fetch(&type, &value, &trace);
-	if (c->foreign) {
-		py_core_ref(c); /* a producer's code may drop what holds it */
+	for (c = py_keepers; c; c = next) {
+		c->refs++; /* a producer's code may drop what holds it */
 		om_store_drain(c->s);
 		om_store_collect(c->s);
-		if (--c->refs == 0) {
-			c->refs = 1;
-			py_core_unref(c);
+		c->refs--;
+		next = c->next;
+		if (c->foreign)
+			continue;
+		unlink_keeper(c);
+		if (!c->refs) {
+			destroy(c); /* drops the GIL: the list may be another */
+			next = py_keepers;
 		}
 	}
-	if (py_dead_cores)
-		collect_dead();
 	PyErr_Restore(type, value, trace);
+	running = false;
 }
 
 struct py_foreign *py_foreign_new(struct py_core *core, const struct py_data *data)
@@ -116,6 +123,7 @@ struct py_foreign *py_foreign_new(struct py_core *core, const struct py_data *da
 	if (f->next)
 		f->next->prev = f;
 	core->foreign = f;
+	link_keeper(core);
 	return f;
 }
 

@@ -111,7 +111,9 @@ static int refuse(const char *text)
 	return -1;
 }
 
-/* Bytes between the lowest and the highest element must not overflow. */
+/* More bytes than a process can address between the lowest and the highest element: a lie. */
+#define ADDRESS_SPACE (UINT64_C(1) << 57)
+
 static bool extent_overflows(const struct om_dl_tensor *t, uint64_t itemsize)
 {
 	uint64_t total = 0, part;
@@ -126,7 +128,7 @@ static bool extent_overflows(const struct om_dl_tensor *t, uint64_t itemsize)
 		    om_mul_overflows(part, itemsize, &part) || om_add_overflows(total, part, &total))
 			return true;
 	}
-	return total > INT64_MAX;
+	return total >= ADDRESS_SPACE;
 }
 
 static int check_tensor(struct py_data *d, const struct om_dl_tensor *t)

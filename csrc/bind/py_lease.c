@@ -12,10 +12,9 @@ PyTypeObject *py_lease_type;
 struct py_lease {
 	PyObject_HEAD
 	struct om_lease *l; /* NULL: released */
-	struct py_core *core;
 };
 
-PyObject *py_lease_new(struct py_core *core, struct om_lease *l)
+PyObject *py_lease_new(struct om_lease *l)
 {
 	struct py_lease *o = PyObject_New(struct py_lease, py_lease_type);
 
@@ -24,7 +23,6 @@ PyObject *py_lease_new(struct py_core *core, struct om_lease *l)
 		return NULL;
 	}
 	o->l = l;
-	o->core = py_core_ref(core);
 	return (PyObject *)o;
 }
 
@@ -36,7 +34,7 @@ static void let_go(struct py_lease *o)
 		return;
 	o->l = NULL;
 	om_lease_unref(l);
-	py_core_collect(o->core);
+	py_collect();
 }
 
 static void lease_dealloc(PyObject *self)
@@ -45,7 +43,6 @@ static void lease_dealloc(PyObject *self)
 	PyTypeObject *type = Py_TYPE(self);
 
 	let_go(o);
-	py_core_unref(o->core);
 	PyObject_Free(self);
 	Py_DECREF(type);
 }
@@ -127,10 +124,10 @@ static int lease_getbuffer(PyObject *self, Py_buffer *view, int flags)
 	return 0;
 }
 
-static void lease_releasebuffer(PyObject *self, Py_buffer *view)
+static void lease_releasebuffer(PyObject *Py_UNUSED(self), Py_buffer *view)
 {
 	om_lease_view_unref(view->internal);
-	py_core_collect(((struct py_lease *)self)->core);
+	py_collect();
 }
 
 static PyObject *lease_repr(PyObject *self)

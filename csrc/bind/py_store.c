@@ -101,7 +101,7 @@ static int close_core(struct py_core *core)
 	Py_BEGIN_ALLOW_THREADS
 	code = om_store_close(core->s);
 	Py_END_ALLOW_THREADS
-	py_core_collect(core);
+	py_collect();
 	return code;
 }
 
@@ -119,16 +119,6 @@ static void store_dealloc(PyObject *self)
 	}
 	((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
 	Py_DECREF(type);
-}
-
-static PyObject *none_or_raise(struct py_core *core, int code)
-{
-	PyObject *result = code ? NULL : Py_NewRef(Py_None);
-
-	if (code && code != PY_RAISED)
-		py_raise(code);
-	py_core_collect(core);
-	return result;
 }
 
 static PyObject *store_close(PyObject *self, PyObject *Py_UNUSED(unused))
@@ -168,7 +158,7 @@ static PyObject *store_group(PyObject *self, PyObject *const *args, Py_ssize_t n
 	Py_BEGIN_ALLOW_THREADS
 	code = om_store_group(core->s, name, limit);
 	Py_END_ALLOW_THREADS
-	return none_or_raise(core, code);
+	return py_done(code);
 }
 
 struct name_call {
@@ -243,10 +233,10 @@ static PyObject *store_lease(PyObject *self, PyObject *const *args, Py_ssize_t n
 	if (om_unlikely(write && code == 0 && core->foreign))
 		code = lease_own_memory(core, &c, deadline_ns);
 	if (om_likely(code == 0))
-		result = py_lease_new(core, c.lease);
+		result = py_lease_new(c.lease);
 	else
 		result = code == PY_RAISED ? NULL : py_raise(code);
-	py_core_collect(core);
+	py_collect();
 	return result;
 }
 
@@ -271,7 +261,7 @@ static PyObject *store_evict(PyObject *self, PyObject *const *args, Py_ssize_t n
 		result = PyBool_FromLong(c.write);
 	else
 		result = code == PY_RAISED ? NULL : py_raise(code);
-	py_core_collect(core);
+	py_collect();
 	return result;
 }
 
@@ -286,7 +276,7 @@ static PyObject *store_remove(PyObject *self, PyObject *name)
 	Py_BEGIN_ALLOW_THREADS
 	code = om_store_remove(core->s, text);
 	Py_END_ALLOW_THREADS
-	return none_or_raise(core, code);
+	return py_done(code);
 }
 
 static int store_contains(PyObject *self, PyObject *name)
@@ -340,7 +330,7 @@ static PyObject *store_check(PyObject *self, PyObject *Py_UNUSED(unused))
 	Py_BEGIN_ALLOW_THREADS
 	code = om_store_check(core->s);
 	Py_END_ALLOW_THREADS
-	return none_or_raise(core, code);
+	return py_done(code);
 }
 
 /* (nbytes, (tier, ...), leases, origin or None, origin offset, extents, dtype or None, shape or
@@ -436,7 +426,7 @@ static PyObject *store_stats(PyObject *self, PyObject *Py_UNUSED(unused))
 
 	if (!core)
 		return NULL;
-	py_core_collect(core);
+	py_collect();
 	memset(&stats, 0, sizeof(stats));
 	code = om_store_stats(core->s, &stats);
 	return code ? py_raise(code) : stats_dict(&stats);

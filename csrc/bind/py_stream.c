@@ -190,7 +190,7 @@ static void let_go(struct py_stream *o)
 	Py_BEGIN_ALLOW_THREADS
 	om_stream_free(st);
 	Py_END_ALLOW_THREADS
-	py_core_collect(o->core);
+	py_collect();
 }
 
 static void stream_dealloc(PyObject *self)
@@ -260,7 +260,7 @@ static int wait_inside(struct py_stream *o, int (*call)(void *, uint64_t), struc
 	o->inside--;
 	if (code && code != PY_RAISED)
 		py_raise(code);
-	py_core_collect(o->core);
+	py_collect();
 	return code;
 }
 

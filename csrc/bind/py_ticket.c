@@ -77,7 +77,7 @@ PyObject *py_store_prefetch(PyObject *self, PyObject *const *args, Py_ssize_t na
 	}
 	free(names);
 	Py_XDECREF(tuple);
-	py_core_collect(core);
+	py_collect();
 	return result;
 }
 
@@ -114,7 +114,7 @@ static PyObject *ticket_wait(PyObject *self, PyObject *const *args, Py_ssize_t n
 		result = PyBool_FromLong(code == 0);
 	else
 		result = code == PY_RAISED ? NULL : py_raise(code);
-	py_core_collect(o->core);
+	py_collect();
 	return result;
 }
 
