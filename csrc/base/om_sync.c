@@ -60,6 +60,14 @@ void om_mutex_lock(struct om_mutex *m)
 	pthread_mutex_lock(&m->native);
 }
 
+bool om_mutex_trylock(struct om_mutex *m)
+{
+	if (pthread_mutex_trylock(&m->native))
+		return false;
+	rank_push(m->rank);
+	return true;
+}
+
 void om_mutex_unlock(struct om_mutex *m)
 {
 	pthread_mutex_unlock(&m->native);

@@ -29,6 +29,7 @@ struct om_cond {
 int om_mutex_init(struct om_mutex *m, enum om_rank rank);
 void om_mutex_fini(struct om_mutex *m);
 void om_mutex_lock(struct om_mutex *m);
+bool om_mutex_trylock(struct om_mutex *m);
 void om_mutex_unlock(struct om_mutex *m);
 
 int om_cond_init(struct om_cond *c);

@@ -254,14 +254,15 @@ static int limit_error(const struct om_pool *p, uint64_t bytes)
 	return OM_ELIMIT;
 }
 
-static int dedicated_alloc(struct om_pool *p, uint64_t bytes, struct om_extent *ret)
+static int dedicated_alloc(struct om_pool *p, uint64_t bytes, uint64_t most,
+                           struct om_extent *ret)
 {
 	struct om_segment *s;
 	int code;
 
 	if (!limit_fits(p, bytes))
 		return limit_error(p, bytes);
-	code = segment_get(p, bytes, bytes + bytes / 4, &s);
+	code = segment_get(p, bytes, OM_MAX(bytes, most), &s);
 	if (code)
 		return code;
 	om_arena_destroy(s->arena);
@@ -271,7 +272,7 @@ static int dedicated_alloc(struct om_pool *p, uint64_t bytes, struct om_extent *
 	return 0;
 }
 
-int om_pool_alloc(struct om_pool *p, uint64_t bytes, struct om_extent *ret)
+int om_pool_alloc(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_extent *ret)
 {
 	uint64_t size = om_up(bytes, OM_PAGE);
 	struct om_segment *s;
@@ -283,12 +284,12 @@ int om_pool_alloc(struct om_pool *p, uint64_t bytes, struct om_extent *ret)
 	if (size < bytes) /* within a page of 2^64 */
 		return limit_error(p, bytes);
 	if (size > OM_POOL_SMALL)
-		return dedicated_alloc(p, size, ret);
+		return dedicated_alloc(p, size, OM_MIN(om_down(most, OM_PAGE), 2 * size), ret);
 	code = shared_alloc(p, size, ret);
 	if (code != -ENOSPC)
 		return code;
 	if (!limit_fits(p, OM_POOL_SHARED))
-		return dedicated_alloc(p, size, ret);
+		return dedicated_alloc(p, size, OM_MIN(om_down(most, OM_PAGE), 2 * size), ret);
 	code = shared_new(p, &s);
 	if (code)
 		return code;
@@ -344,7 +345,7 @@ static int broken(const char *what, uint64_t is, uint64_t should_be)
 static int check_segment(const struct om_pool *p, const struct om_list *list,
                          const struct om_segment *s)
 {
-	if (!s->refs || !s->base || populated_of(s) > s->bytes)
+	if (!__atomic_load_n(&s->refs, __ATOMIC_RELAXED) || !s->base || populated_of(s) > s->bytes)
 		return broken("populated", populated_of(s), s->bytes);
 	if (list == &p->cached)
 		return s->used ? broken("use of a cached segment", s->used, 0) : 0;

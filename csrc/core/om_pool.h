@@ -53,14 +53,14 @@ void om_pool_set_limit(struct om_pool *p, uint64_t limit_bytes);
 void om_pool_fini(struct om_pool *p);
 /* Bytes (rounded up to pages). A small request takes a hole in a shared segment, else a new shared
  * segment; where the limit has no room for that, and for a large request, a segment of its own.
- * A segment comes from, in this order: the smallest cached one of at most 1.25x the size (a shared
- * segment: of exactly its size), taken whole; a new mapping while mapped + size <= limit; the
+ * A segment comes from, in this order: the smallest cached one of at most `most` bytes and twice the size
+ * (a shared segment: of exactly its size), taken whole; a new mapping while mapped + size <= limit; the
  * smallest cached one that is larger, cut to the size (its tail is unmapped, or the rest of the
  * limit would be locked up behind a small extent); a new mapping after unmapping cached segments,
  * longest idle first, until it fits. Memory that comes from the cache keeps its populated pages.
  * OM_ELIMIT (with details) when mapped - cached + size > limit; -ENOMEM when the system refuses
  * and nothing cached is left to give back; OM_EVALUE for 0 bytes. */
-int om_pool_alloc(struct om_pool *p, uint64_t bytes, struct om_extent *ret);
+int om_pool_alloc(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_extent *ret);
 /* e->segment becomes NULL; a NULL one is fine. The caller has seen the extent's exports end. A
  * segment that turns empty is cached, or unmapped while mapped > limit; if someone still holds a reference to it, it is not used
  * again and leaves the pool, and the last unref unmaps it. */

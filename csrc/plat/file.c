@@ -333,6 +333,14 @@ static int changed(const struct om_file *f, const char *what, uint64_t was, uint
 	return OM_ECORRUPT;
 }
 
+bool om_file_is_at(const struct om_file *f, const char *path)
+{
+	struct stat st;
+
+	return stat(path, &st) == 0 && (uint64_t)st.st_dev == f->id.device &&
+	       (uint64_t)st.st_ino == f->id.inode && om_file_check(f) == 0;
+}
+
 int om_file_check(const struct om_file *f)
 {
 	struct stat st;

@@ -1,0 +1,381 @@
+/*
+ * om_fetch: bringing bytes to HOST. Starts fills, waits for them, and does the work owed on them:
+ * hashing behind the reads, comparing, closing the gaps between ranges.
+ *
+ * The work is done by the thread that waits, without the store lock, a piece at a time; `busy`
+ * keeps it to one thread. A thread that leaves (deadline, Ctrl-C) leaves a fill that another can
+ * take up. What nobody waits for is finished by the worker, but for a stream's fills, which are
+ * finished by the thread that comes to use them.
+ */
+#include <assert.h>
+#include <errno.h>
+
+#include "core/om_store_int.h"
+
+#define HASH_STEP (UINT64_C(16) * OM_MIB) /* per piece of work, so that others can take over */
+
+static bool hash_wanted(const struct om_store *s, const struct om_block *b)
+{
+	return !b->hash_known || s->verify == OM_VERIFY_ALWAYS || !b->verified;
+}
+
+int om_fetch_start_locked(struct om_store *s, struct om_block *b, enum om_move_priority priority)
+{
+	struct om_extent mem;
+	struct om_move *m;
+	uint64_t bytes = om_block_host_bytes(b), room = b->group->limit_bytes;
+	int code;
+
+	room = room ? room - OM_MIN(room, b->group->used_bytes) : bytes + bytes / 4;
+	code = om_pool_alloc(&s->pool, bytes, room, &mem);
+
+	if (code)
+		return code;
+	om_block_fill_begin(b, mem);
+	code = om_move_create_fill(b, &s->disk, s->request_bytes, priority, &m);
+	if (code) {
+		om_block_fill_fail(b, &s->pool);
+		return code;
+	}
+	s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
+	m->want_hash = hash_wanted(s, b);
+	m->speculative = priority == OM_PREFETCH;
+	s->counters.prefetches += m->speculative;
+	b->move = m;
+	s->moves++;
+	om_mover_queue_locked(s, m);
+	return 0;
+}
+
+static void settle_locked(struct om_store *s, struct om_move *m)
+{
+	struct om_block *b = m->block;
+
+	m->settled = true;
+	b->move = NULL;
+	s->moves--;
+	om_store_changed_locked(s);
+	om_store_reap_locked(s, b);
+	om_move_unref(m);
+}
+
+static void fail_fill_locked(struct om_store *s, struct om_move *m)
+{
+	if (!m->error->code) {
+		om_err(OM_ECANCELED, "block '%s': the fill was canceled", m->block->name);
+		om_move_fail(m);
+	}
+	om_block_lose_leases(m->block);
+	om_block_fill_fail(m->block, &s->pool);
+	settle_locked(s, m);
+}
+
+static void land_spill_locked(struct om_store *s, struct om_move *m)
+{
+	struct om_block *b = m->block;
+
+	if (m->error->code) {
+		om_block_disk_drop(b, &s->disk);
+		if (b->host == OM_COPY_LEAVING)
+			om_block_leave_rescue(b);
+	} else {
+		om_block_disk_end(b);
+		b->hash = m->hash;
+		b->hash_known = true;
+		b->verified = false;
+		s->counters.writes++;
+		if (b->host == OM_COPY_LEAVING)
+			om_block_host_drop(b, &s->pool);
+	}
+	settle_locked(s, m);
+}
+
+struct finish_job {
+	struct om_job job;
+	struct om_store *store;
+	struct om_move *move;
+};
+
+static void finish_for_nobody(struct om_job *job)
+{
+	struct finish_job *f = om_container_of(job, struct finish_job, job);
+	struct om_store *s = f->store;
+
+	om_mutex_lock(&s->lock);
+	while (!s->closing && om_fetch_work_locked(s, f->move))
+		;
+	om_move_unref(f->move);
+	om_mutex_unlock(&s->lock);
+	om_free(f);
+}
+
+/* A whole fill that nobody waits for goes to the worker. Without memory for the job it stays as it
+ * is: whoever comes next finishes it. */
+static void offer_locked(struct om_store *s, struct om_move *m)
+{
+	struct finish_job *f;
+
+	if (m->settled || !m->landed || m->waiters || s->closing || m->block->group->streamed)
+		return;
+	f = om_alloc(1, sizeof(*f));
+	if (!f)
+		return;
+	f->job.run = finish_for_nobody;
+	f->store = s;
+	f->move = m;
+	om_move_ref(m);
+	om_work_push(&s->work, &f->job);
+}
+
+void om_fetch_landed_locked(struct om_store *s, struct om_move *m)
+{
+	if (m->settled)
+		return;
+	if (m->kind == OM_MOVE_SPILL) {
+		land_spill_locked(s, m);
+		return;
+	}
+	m->landed = true;
+	if (m->busy)
+		return; /* who is busy looks again */
+	if (m->error->code || m->canceled)
+		fail_fill_locked(s, m);
+	else
+		offer_locked(s, m);
+}
+
+void om_fetch_cancel_locked(struct om_store *s, struct om_block *b)
+{
+	struct om_move *m = b->move;
+
+	if (!m || m->kind != OM_MOVE_FILL || m->canceled || b->leases)
+		return;
+	__atomic_store_n(&m->canceled, true, __ATOMIC_RELAXED);
+	s->counters.prefetch_waste += m->speculative;
+	om_list_del(&m->link);
+	if (!m->inflight)
+		om_fetch_landed_locked(s, m);
+}
+
+/* Everything is read and hashed: compare, and make the copy VALID. */
+static void prove_locked(struct om_store *s, struct om_move *m, int files_code, uint64_t digest)
+{
+	struct om_block *b = m->block;
+
+	if (files_code) {
+		om_move_fail(m);
+		fail_fill_locked(s, m);
+		return;
+	}
+	if (m->want_hash) {
+		s->counters.verified_bytes += b->nbytes;
+		if (b->hash_known && b->hash != digest) {
+			s->counters.corrupt++;
+			if (!m->attempt++) {
+				s->counters.rereads++;
+				om_mover_queue_locked(s, m);
+				return;
+			}
+			om_err(OM_ECORRUPT,
+			       "block '%s': %llu bytes read twice from %s differ from those stored (XXH3 %016llx, "
+			       "stored %016llx); the file or the disk is damaged",
+			       b->name, (unsigned long long)b->nbytes,
+			       m->piece_count ? m->pieces[0].file->path : "nowhere", (unsigned long long)digest,
+			       (unsigned long long)b->hash);
+			if (m->piece_count)
+				om_err_file(m->pieces[0].file->path);
+			om_move_fail(m);
+			fail_fill_locked(s, m);
+			return;
+		}
+		b->verified = b->hash_known;
+		b->hash_known = true;
+		b->hash = digest;
+	}
+	om_block_fill_end(b);
+	s->counters.fills++;
+	settle_locked(s, m);
+}
+
+static struct om_cursor hash_target(const struct om_move *m)
+{
+	struct om_cursor to = m->ready;
+
+	if (to.piece == m->hashed.piece && to.done - m->hashed.done > HASH_STEP)
+		to.done = m->hashed.done + HASH_STEP;
+	return to;
+}
+
+bool om_fetch_work_locked(struct om_store *s, struct om_move *m)
+{
+	bool behind = m->want_hash &&
+	              (m->hashed.piece != m->ready.piece || m->hashed.done != m->ready.done);
+	struct om_cursor to = hash_target(m);
+	uint64_t digest = 0;
+	int code = 0;
+
+	if (m->settled || m->busy || m->kind != OM_MOVE_FILL || (!behind && !m->landed))
+		return false;
+	m->busy = true;
+	om_move_ref(m);
+	om_mutex_unlock(&s->lock);
+	if (behind) {
+		om_move_hash(m, &m->hashed, &to);
+	} else {
+		code = om_move_check_files(m);
+		digest = om_move_digest(m);
+		if (!code)
+			om_move_compact(m);
+	}
+	om_mutex_lock(&s->lock);
+	m->busy = false;
+	if (behind)
+		m->hashed = to;
+	if (m->landed && (m->error->code || m->canceled))
+		fail_fill_locked(s, m);
+	else if (!behind)
+		prove_locked(s, m, code, digest);
+	om_store_changed_locked(s);
+	om_move_unref(m);
+	return true;
+}
+
+int om_fetch_settle_locked(struct om_store *s, struct om_move *m, uint64_t deadline_ns)
+{
+	int code = 0;
+
+	om_move_ref(m);
+	m->waiters++;
+	while (!m->settled && !code) {
+		if (s->closing)
+			code = om_err(OM_ECLOSED, "the store was closed while block '%s' moved", m->block->name);
+		else if (om_fetch_work_locked(s, m))
+			continue;
+		else if (om_now() >= deadline_ns)
+			code = om_err(OM_EBUSY, "block '%s': still moving at the deadline (%llu bytes)",
+			              m->block->name, (unsigned long long)m->bytes);
+		else
+			om_store_wait_locked(s, deadline_ns);
+	}
+	m->waiters--;
+	if (m->settled)
+		code = m->error->code ? om_err_set(m->error) : 0;
+	else
+		offer_locked(s, m);
+	om_move_unref(m);
+	return code;
+}
+
+/* ---- leasing ---- */
+
+/* What keeps the blocks from being leased now: 0 nothing, else OM_EAGAIN (wait for a change) or an
+ * error; *ret_need: HOST bytes to reserve first. */
+static int survey_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
+                         uint64_t *ret_need)
+{
+	int code = s->closing ? om_err(OM_ECLOSED, "the store is closed") : 0;
+
+	*ret_need = 0;
+	for (size_t i = 0; i < count && !code; i++) {
+		const struct om_block *b = blocks[i];
+
+		if (!b->named)
+			code = om_err(OM_ENAME, "block '%s' was removed", b->name);
+		else if (b->writer || (b->host == OM_COPY_FILLING && b->move->canceled))
+			code = OM_EAGAIN;
+		else if (b->host == OM_COPY_NONE)
+			*ret_need += om_block_host_bytes(b);
+	}
+	return code;
+}
+
+/* Make each block VALID, FILLING or LEAVING, with the lock held since it was last seen so. */
+static int summon_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
+                         uint64_t deadline_ns)
+{
+	for (;;) {
+		uint64_t need;
+		int code = survey_locked(s, blocks, count, &need);
+
+		if (!code && !need)
+			return 0;
+		if (!code)
+			code = om_room_make_locked(s, blocks[0]->group, need, true, blocks, count);
+		for (size_t i = 0; i < count && !code; i++)
+			if (blocks[i]->host == OM_COPY_NONE)
+				code = om_fetch_start_locked(s, blocks[i], OM_DEMAND);
+		if (!code)
+			return 0;
+		if (code != OM_EAGAIN && code != OM_EBUSY)
+			return code;
+		if (om_now() >= deadline_ns) {
+			om_room_busy_error(s, blocks[0]->group, need);
+			return OM_EBUSY;
+		}
+		om_store_wait_locked(s, deadline_ns);
+	}
+}
+
+#define FEW 16
+
+int om_fetch_lease_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
+                          uint64_t deadline_ns, uint64_t *ret_stall_ns)
+{
+	struct om_move *few[FEW], **moves = few;
+	uint64_t started = 0;
+	int code;
+
+	if (count > FEW && !(moves = om_alloc(count, sizeof(struct om_move *))))
+		return -ENOMEM;
+	for (size_t i = 0; i < count && !started; i++)
+		if (blocks[i]->host != OM_COPY_VALID)
+			started = om_now();
+	code = summon_locked(s, blocks, count, deadline_ns);
+	if (code)
+		goto out;
+	for (size_t i = 0; i < count; i++) {
+		struct om_block *b = blocks[i];
+
+		if (b->host == OM_COPY_LEAVING)
+			om_block_leave_rescue(b);
+		om_block_lease(b);
+		moves[i] = b->host == OM_COPY_FILLING ? b->move : NULL;
+		if (!moves[i]) {
+			s->counters.hits++;
+			continue;
+		}
+		s->counters.misses++;
+		s->counters.prefetch_hits += moves[i]->speculative;
+		moves[i]->speculative = false;
+		om_move_ref(moves[i]);
+		om_mover_promote_locked(s, moves[i]);
+	}
+	for (size_t i = 0; i < count && !code; i++)
+		if (moves[i])
+			code = om_fetch_settle_locked(s, moves[i], deadline_ns);
+	for (size_t i = 0; i < count; i++) {
+		bool lost = moves[i] && moves[i]->settled && moves[i]->error->code;
+
+		if (code && !lost)
+			om_fetch_unlease_locked(s, blocks[i]);
+		om_move_unref(moves[i]);
+	}
+out:
+	if (moves != few)
+		om_free(moves);
+	if (started) {
+		uint64_t stall = om_now() - started;
+
+		s->counters.stall_ns += stall;
+		if (ret_stall_ns)
+			*ret_stall_ns += stall;
+	}
+	return code;
+}
+
+void om_fetch_unlease_locked(struct om_store *s, struct om_block *b)
+{
+	om_block_unlease(b);
+	om_store_changed_locked(s);
+	om_store_reap_locked(s, b);
+}

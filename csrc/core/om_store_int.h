@@ -1,0 +1,122 @@
+/*
+ * om_store_int: the store's inside, shared by om_store.c (life, adding), om_room.c (making room),
+ * om_fetch.c (fills, waiting, the work owed), om_mover.c (the thread that owns the ring),
+ * om_work.c (pages ahead of reads), om_stream.c, om_inspect.c. `_locked`: the store lock is held.
+ */
+#ifndef OM_STORE_INT_H
+#define OM_STORE_INT_H
+
+#include "base/om_sync.h"
+#include "core/om_move.h"
+#include "core/om_table.h"
+#include "core/om_work.h"
+#include "omnimem.h"
+#include "plat/om_io.h"
+
+struct om_lease {
+	unsigned refs, views; /* atomic */
+	struct om_store *store;
+	struct om_block *block;
+	struct om_segment *segment; /* its own reference: the bytes outlive the store */
+	struct om_foreign *foreign; /* likewise */
+	void *data;
+	bool write;
+	struct om_list link;        /* block->holders */
+	struct om_lease *next;      /* store->dropped */
+};
+
+struct om_store {
+	unsigned refs;  /* atomic: of this memory: one for all users, and each lease */
+	unsigned users; /* atomic: of the store, less one */
+	unsigned adding;
+	uint64_t exported_bytes; /* atomic */
+	unsigned fork_generation;
+	struct om_mutex lock;
+	struct om_cond changed; /* a state, a cursor, a lease count changed */
+	unsigned waiters;       /* threads in om_cond_wait on it */
+	bool closing;
+	bool closed;            /* atomic */
+	struct om_lease *dropped; /* atomic, lock-free: released leases */
+
+	enum om_verify verify;
+	uint32_t request_bytes;
+	uint64_t host_limit_bytes;
+	struct om_list blocks, groups;
+	struct om_table table;
+	struct om_pool pool;
+	struct om_disk disk;
+	uint64_t host_peak_bytes;
+	uint64_t sole_bytes, sole_largest; /* blocks without an origin: they must fit */
+
+	/* the mover */
+	pthread_t mover_thread;
+	bool mover_started, mover_ready;
+	int mover_code;
+	struct om_error mover_error;
+	struct om_io_config io_config;
+	struct om_io *io;
+	struct om_list queue[OM_PRIORITIES];
+	unsigned moves; /* queued or in flight */
+	bool starved;   /* the mover waits for pages */
+	struct om_work work;
+
+	struct om_stats counters;
+	uint64_t read_since_ns;
+};
+
+/* Enter a public function: 0 with the lock held, or OM_ECLOSED. */
+int om_store_enter(struct om_store *s);
+void om_store_drain_locked(struct om_store *s);
+/* Wait for a change, at most until the deadline or a few milliseconds (released leases come without
+ * a signal). */
+void om_store_wait_locked(struct om_store *s, uint64_t deadline_ns);
+void om_store_changed_locked(struct om_store *s);
+struct om_group *om_store_find_group_locked(struct om_store *s, const char *name);
+struct om_block *om_store_find_locked(struct om_store *s, const char *name); /* NULL: error set */
+/* An open file of this store for the path, or a new one. */
+int om_store_open_file(struct om_store *s, const char *path, struct om_file **ret);
+/* The block has no name, no lease and no move: it goes. */
+void om_store_reap_locked(struct om_store *s, struct om_block *b);
+
+/* om_room.c */
+/* Can `bytes` more be had in `g` now? Drops clean idle copies for it, never waits. 0; OM_EAGAIN: something
+ * is on its way out; OM_EBUSY: only leased copies are left; OM_ELIMIT: never. With `spill`, dirty idle
+ * copies are sent out as well (the lock is given up meanwhile: look everything up again). */
+int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, bool spill,
+                        struct om_block *const *keep, size_t keep_count);
+/* As above, waiting until there is room. */
+int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
+                        uint64_t deadline_ns, struct om_block *const *keep, size_t keep_count);
+/* Let one idle or leaving block go. 1, 0 (leased) or an error. May give up the lock. */
+int om_room_evict_locked(struct om_store *s, struct om_block *b, uint64_t deadline_ns);
+/* Cancel a fill that nobody leases: at once when nothing is in flight. */
+void om_fetch_cancel_locked(struct om_store *s, struct om_block *b);
+void om_room_busy_error(struct om_store *s, struct om_group *g, uint64_t bytes);
+/* May a block of `bytes` without an origin be accepted? */
+int om_room_admit_locked(struct om_store *s, const char *name, uint64_t bytes);
+void om_room_unadmit_locked(struct om_store *s, uint64_t bytes);
+
+/* om_fetch.c */
+/* Reserve memory (there is room) and queue a fill of a block whose HOST is NONE. */
+int om_fetch_start_locked(struct om_store *s, struct om_block *b, enum om_move_priority priority);
+/* Lease all blocks or none, their bytes in HOST and proven. May give up the lock. */
+int om_fetch_lease_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
+                          uint64_t deadline_ns, uint64_t *ret_stall_ns);
+/* Take the lease back (the block may go). */
+void om_fetch_unlease_locked(struct om_store *s, struct om_block *b);
+/* Wait until a move is settled, doing the work owed on it. 0 or its error, or OM_EBUSY. */
+int om_fetch_settle_locked(struct om_store *s, struct om_move *m, uint64_t deadline_ns);
+/* Do a piece of the work owed on a move, if any is to be had. Gives up the lock meanwhile. */
+bool om_fetch_work_locked(struct om_store *s, struct om_move *m);
+/* The mover calls this when all requests of a move are back. */
+void om_fetch_landed_locked(struct om_store *s, struct om_move *m);
+/* Make a lease object of a counted lease. NULL: error set, the count is untouched. */
+struct om_lease *om_lease_make_locked(struct om_store *s, struct om_block *b, bool write);
+
+/* om_mover.c */
+int om_mover_start(struct om_store *s);
+void om_mover_stop(struct om_store *s); /* cancels what is queued, waits for what is in flight */
+void om_mover_queue_locked(struct om_store *s, struct om_move *m);
+void om_mover_promote_locked(struct om_store *s, struct om_move *m);
+
+#endif

@@ -1,0 +1,405 @@
+/*
+ * om_stream: a planned stream: units (a decoder layer, a vision block, ...) of resident and streamed
+ * blocks. The residents are leased for good; the streamed blocks of the units that are in use, and of
+ * the next ones by the recorded order, share what the group's limit leaves: the ring.
+ *
+ * A unit's state says who may touch its windows: IDLE -> BINDING (the first user makes them) ->
+ * BOUND (any number of users) -> UNBINDING (the last one takes them away) -> IDLE. All under the store lock;
+ * waits give it up. A unit's streamed blocks are leased all or none, so that two threads cannot
+ * hold half a ring each.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "core/om_pattern.h"
+#include "core/om_store_int.h"
+
+enum unit_state { IDLE, BINDING, BOUND, UNBINDING };
+
+struct unit {
+	char *name;
+	enum unit_state state;
+	unsigned users;
+	size_t count, streamed_count;
+	struct om_block **blocks;   /* streamed ones first */
+	struct om_lease **leases;   /* in the order of `blocks` */
+	size_t *place;              /* caller's index -> index in `blocks` */
+};
+
+struct om_stream {
+	struct om_store *store;
+	struct om_group *group;
+	struct unit *units;
+	size_t count;
+	struct om_pattern pattern; /* of units that have streamed blocks */
+	struct om_stream_stats stats;
+	uint64_t read_bytes_before;
+	uint32_t *ahead; /* scratch: units foretold, in order */
+};
+
+static void unit_fini(struct unit *u)
+{
+	for (size_t i = 0; i < u->count && u->blocks; i++)
+		if (u->blocks[i])
+			om_block_unref(u->blocks[i]);
+	om_free(u->name);
+	om_free(u->blocks);
+	om_free(u->leases);
+	om_free(u->place);
+}
+
+static int unit_init_locked(struct om_stream *st, struct unit *u, const struct om_stream_unit *in)
+{
+	size_t at[2] = {0, 0}; /* next place of a streamed, of a resident block */
+
+	u->name = om_strdup(in->name);
+	u->count = in->count;
+	u->blocks = om_alloc(in->count, sizeof(*u->blocks));
+	u->leases = om_alloc(in->count, sizeof(*u->leases));
+	u->place = om_alloc(in->count, sizeof(*u->place));
+	if (!u->name || !u->blocks || !u->leases || !u->place)
+		return -ENOMEM;
+	for (size_t i = 0; i < in->count; i++)
+		u->streamed_count += !in->resident[i];
+	at[1] = u->streamed_count;
+	for (size_t i = 0; i < in->count; i++) {
+		struct om_block *b = om_store_find_locked(st->store, in->blocks[i]);
+
+		if (!b)
+			return OM_ENAME;
+		if (b->group != st->group)
+			return om_err(OM_EVALUE, "unit '%s': block '%s' is in group '%s', not in the stream's, '%s'",
+			              in->name, b->name, b->group->name, st->group->name);
+		u->place[i] = at[in->resident[i]]++;
+		u->blocks[u->place[i]] = b;
+		om_block_ref(b);
+	}
+	return 0;
+}
+
+int om_stream_create(struct om_store *s, const char *group, const struct om_stream_unit *units,
+                     size_t count, struct om_stream **ret)
+{
+	struct om_stream *st = om_alloc(1, sizeof(*st));
+	int code = st ? om_store_enter(s) : -ENOMEM;
+
+	if (code) {
+		om_free(st);
+		return code;
+	}
+	st->store = s;
+	st->count = count;
+	st->units = om_alloc(count, sizeof(*st->units));
+	st->ahead = om_alloc(count, sizeof(*st->ahead));
+	st->group = om_store_find_group_locked(s, group);
+	code = st->units && st->ahead && st->group ? om_pattern_init(&st->pattern, count)
+	                                           : om_err_last()->code;
+	for (size_t i = 0; i < count && !code; i++)
+		code = unit_init_locked(st, &st->units[i], &units[i]);
+	if (!code) {
+		st->group->streamed = true;
+		st->read_bytes_before = st->group->read_bytes;
+	}
+	om_mutex_unlock(&s->lock);
+	om_store_ref(s);
+	if (code) {
+		struct om_error error = *om_err_last();
+
+		om_stream_free(st);
+		return om_err_set(&error);
+	}
+	*ret = st;
+	return 0;
+}
+
+static int lease_unit_locked(struct om_stream *st, struct unit *u, size_t first, size_t count,
+                             uint64_t deadline_ns)
+{
+	struct om_store *s = st->store;
+	int code = count ? om_fetch_lease_locked(s, u->blocks + first, count, deadline_ns,
+	                                         &st->stats.stall_ns)
+	                 : 0;
+
+	for (size_t i = first; i < first + count && !code; i++) {
+		u->leases[i] = om_lease_make_locked(s, u->blocks[i], false);
+		if (u->leases[i])
+			continue;
+		code = -ENOMEM;
+		for (size_t k = i; k < first + count; k++) /* those without a lease object */
+			om_fetch_unlease_locked(s, u->blocks[k]);
+		for (size_t k = first; k < i; k++) {
+			om_lease_unref(u->leases[k]);
+			u->leases[k] = NULL;
+		}
+	}
+	return code;
+}
+
+int om_stream_load(struct om_stream *st, uint64_t deadline_ns)
+{
+	struct om_store *s = st->store;
+	int code = om_store_enter(s);
+
+	if (code)
+		return code;
+	/* Start them all, then take them one by one as they come. */
+	for (size_t i = 0; i < st->count && !code; i++) {
+		struct unit *u = &st->units[i];
+
+		for (size_t k = u->streamed_count; k < u->count && !code; k++) {
+			struct om_block *b = u->blocks[k];
+
+			if (b->host != OM_COPY_NONE)
+				continue;
+			code = om_room_make_locked(s, st->group, om_block_host_bytes(b), false, NULL, 0);
+			code = code ? code : om_fetch_start_locked(s, b, OM_DEMAND);
+		}
+	}
+	if (code == OM_EAGAIN || code == OM_EBUSY)
+		code = 0; /* the leases below wait for room */
+	for (size_t i = 0; i < st->count && !code; i++) {
+		struct unit *u = &st->units[i];
+
+		for (size_t k = u->streamed_count; k < u->count && !code; k++)
+			if (!u->leases[k])
+				code = lease_unit_locked(st, u, k, 1, deadline_ns);
+	}
+	om_mutex_unlock(&s->lock);
+	return code;
+}
+
+/* ---- the ring ---- */
+
+static uint64_t missing_bytes(const struct unit *u)
+{
+	uint64_t bytes = 0;
+
+	for (size_t i = 0; i < u->streamed_count; i++)
+		if (u->blocks[i]->host == OM_COPY_NONE)
+			bytes += om_block_host_bytes(u->blocks[i]);
+	return bytes;
+}
+
+/* Bytes that the unit's streamed blocks hold without being in use. */
+static bool speculated(const struct unit *u)
+{
+	for (size_t i = 0; i < u->streamed_count; i++)
+		if (u->blocks[i]->host != OM_COPY_NONE && !u->blocks[i]->leases)
+			return true;
+	return false;
+}
+
+static void forget_unit_locked(struct om_stream *st, struct unit *u)
+{
+	for (size_t i = 0; i < u->streamed_count; i++) {
+		struct om_block *b = u->blocks[i];
+
+		if (b->leases || b->holds)
+			continue;
+		if (b->host == OM_COPY_VALID && om_block_clean(b)) {
+			om_block_host_drop(b, &st->store->pool);
+			st->store->counters.drops++;
+		} else if (b->host == OM_COPY_FILLING) {
+			om_fetch_cancel_locked(st->store, b);
+		}
+	}
+}
+
+/* Free what was fetched ahead for a unit that is not among the next ones. */
+static bool drop_stray_locked(struct om_stream *st, size_t foretold)
+{
+	for (size_t i = 0; i < st->count; i++) {
+		struct unit *u = &st->units[i];
+		bool wanted = u->users > 0 || !speculated(u);
+
+		for (size_t k = 0; k < foretold && !wanted; k++)
+			wanted = st->ahead[k] == i;
+		if (!wanted) {
+			forget_unit_locked(st, u);
+			return true;
+		}
+	}
+	return false;
+}
+
+static bool room_now(const struct om_stream *st, uint64_t bytes)
+{
+	const struct om_group *g = st->group;
+
+	return (!g->limit_bytes || g->used_bytes + bytes <= g->limit_bytes) &&
+	       om_pool_fits(&st->store->pool, bytes);
+}
+
+/* Fetch the next units of the order into what room the ring has. */
+static void fetch_ahead_locked(struct om_stream *st)
+{
+	size_t foretold = 0;
+
+	for (size_t k = 0; k < st->count; k++) {
+		uint32_t id;
+		struct unit *u;
+		uint64_t bytes;
+
+		if (!om_pattern_next(&st->pattern, k, &id))
+			return;
+		st->ahead[foretold++] = id;
+		u = &st->units[id];
+		bytes = missing_bytes(u);
+		if (!bytes)
+			continue;
+		while (!room_now(st, bytes))
+			if (!drop_stray_locked(st, foretold))
+				return;
+		for (size_t i = 0; i < u->streamed_count; i++)
+			if (u->blocks[i]->host == OM_COPY_NONE &&
+			    om_fetch_start_locked(st->store, u->blocks[i], OM_PREFETCH))
+				return; /* it will be fetched when it is needed */
+	}
+}
+
+/* ---- use ---- */
+
+static int check_unit(const struct om_stream *st, size_t unit)
+{
+	if (unit >= st->count)
+		return om_err(OM_EVALUE, "unit %zu: the stream has %zu", unit, st->count);
+	return 0;
+}
+
+int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, bool *ret_bind)
+{
+	struct om_store *s = st->store;
+	struct unit *u;
+	uint64_t stall = st->stats.stall_ns;
+	int code = check_unit(st, unit);
+
+	if (code || (code = om_store_enter(s)))
+		return code;
+	u = &st->units[unit];
+	while ((u->state == BINDING || u->state == UNBINDING) && !code) {
+		if (s->closing)
+			code = om_err(OM_ECLOSED, "the store is closed");
+		else if (om_now() >= deadline_ns)
+			code = om_err(OM_EBUSY, "unit '%s': another thread is binding it at the deadline", u->name);
+		else
+			om_store_wait_locked(s, deadline_ns);
+	}
+	*ret_bind = u->state == IDLE;
+	if (!code && *ret_bind) {
+		u->state = BINDING;
+		code = lease_unit_locked(st, u, 0, u->streamed_count, deadline_ns);
+		if (code)
+			u->state = IDLE;
+	}
+	if (!code) {
+		u->users++;
+		st->stats.enters++;
+		st->stats.hits += *ret_bind && stall == st->stats.stall_ns;
+		if (u->streamed_count) {
+			st->stats.mispredicted += !om_pattern_record(&st->pattern, (uint32_t)unit);
+			fetch_ahead_locked(st);
+		}
+	}
+	om_store_changed_locked(s);
+	om_mutex_unlock(&s->lock);
+	return code;
+}
+
+static void release_unit_locked(struct om_stream *st, struct unit *u)
+{
+	for (size_t i = 0; i < u->streamed_count; i++) {
+		if (u->leases[i])
+			om_lease_unref(u->leases[i]);
+		u->leases[i] = NULL;
+	}
+	u->state = IDLE;
+	u->users = 0;
+	om_store_drain_locked(st->store);
+	forget_unit_locked(st, u);
+	fetch_ahead_locked(st);
+	om_store_changed_locked(st->store);
+}
+
+void om_stream_bound(struct om_stream *st, size_t unit, bool ok)
+{
+	struct unit *u = &st->units[unit];
+
+	if (check_unit(st, unit) || om_store_enter(st->store))
+		return;
+	if (u->state == BINDING && ok)
+		u->state = BOUND;
+	else if (u->state == BINDING)
+		release_unit_locked(st, u);
+	om_store_changed_locked(st->store);
+	om_mutex_unlock(&st->store->lock);
+}
+
+int om_stream_leave(struct om_stream *st, size_t unit, bool *ret_unbind)
+{
+	struct unit *u;
+	int code = check_unit(st, unit);
+
+	*ret_unbind = false;
+	if (code || (code = om_store_enter(st->store)))
+		return code;
+	u = &st->units[unit];
+	if (!u->users) {
+		code = om_err(OM_EVALUE, "unit '%s' is left more often than it was entered", u->name);
+	} else if (!--u->users) {
+		u->state = UNBINDING;
+		*ret_unbind = true;
+	}
+	om_mutex_unlock(&st->store->lock);
+	return code;
+}
+
+void om_stream_unbound(struct om_stream *st, size_t unit)
+{
+	if (check_unit(st, unit) || om_store_enter(st->store))
+		return;
+	if (st->units[unit].state == UNBINDING)
+		release_unit_locked(st, &st->units[unit]);
+	om_mutex_unlock(&st->store->lock);
+}
+
+struct om_lease *om_stream_lease(struct om_stream *st, size_t unit, size_t block)
+{
+	if (unit >= st->count || block >= st->units[unit].count)
+		return NULL;
+	return st->units[unit].leases[st->units[unit].place[block]];
+}
+
+int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret)
+{
+	int code = om_store_enter(st->store);
+
+	if (code)
+		return code;
+	*ret = st->stats;
+	ret->read_bytes = st->group->read_bytes - st->read_bytes_before;
+	om_mutex_unlock(&st->store->lock);
+	return 0;
+}
+
+void om_stream_free(struct om_stream *st)
+{
+	struct om_store *s;
+
+	if (!st)
+		return;
+	s = st->store;
+	if (s->fork_generation == om_fork_generation()) {
+		for (size_t i = 0; i < st->count && st->units; i++)
+			for (size_t k = 0; k < st->units[i].count && st->units[i].leases; k++)
+				if (st->units[i].leases[k])
+					om_lease_unref(st->units[i].leases[k]);
+		om_store_drain(s);
+		for (size_t i = 0; i < st->count && st->units; i++)
+			unit_fini(&st->units[i]);
+	}
+	om_pattern_fini(&st->pattern);
+	om_free(st->units);
+	om_free(st->ahead);
+	om_free(st);
+	om_store_unref(s);
+}
