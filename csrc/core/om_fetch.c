@@ -23,11 +23,13 @@ int om_fetch_start_locked(struct om_store *s, struct om_block *b, enum om_move_p
 {
 	struct om_extent mem;
 	struct om_move *m;
-	uint64_t bytes = om_block_host_bytes(b), room = b->group->limit_bytes;
+	const struct om_group *g = b->group;
+	uint64_t bytes = om_block_host_bytes(b), most = 0;
 	int code;
 
-	room = room ? room - OM_MIN(room, b->group->used_bytes) : bytes + bytes / 4;
-	code = om_pool_alloc(&s->pool, bytes, room, &mem);
+	if (g->streamed) /* segments of its own: the plan counts on exact sizes */
+		most = g->limit_bytes ? g->limit_bytes - OM_MIN(g->limit_bytes, g->used_bytes) : bytes;
+	code = om_pool_alloc(&s->pool, bytes, most, &mem);
 
 	if (code)
 		return code;

@@ -283,13 +283,15 @@ int om_pool_alloc(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_ex
 		return om_err(OM_EVALUE, "host memory: a request of 0 bytes");
 	if (size < bytes) /* within a page of 2^64 */
 		return limit_error(p, bytes);
-	if (size > OM_POOL_SMALL)
+	if (most)
 		return dedicated_alloc(p, size, OM_MIN(om_down(most, OM_PAGE), 2 * size), ret);
+	if (size > OM_POOL_SMALL)
+		return dedicated_alloc(p, size, size + size / 4, ret);
 	code = shared_alloc(p, size, ret);
 	if (code != -ENOSPC)
 		return code;
 	if (!limit_fits(p, OM_POOL_SHARED))
-		return dedicated_alloc(p, size, OM_MIN(om_down(most, OM_PAGE), 2 * size), ret);
+		return dedicated_alloc(p, size, size, ret);
 	code = shared_new(p, &s);
 	if (code)
 		return code;

@@ -51,8 +51,10 @@ void om_pool_init(struct om_pool *p, uint64_t limit_bytes);
 void om_pool_set_limit(struct om_pool *p, uint64_t limit_bytes);
 /* Cached and empty segments go; segments with live extents are left to their exports. */
 void om_pool_fini(struct om_pool *p);
-/* Bytes (rounded up to pages). A small request takes a hole in a shared segment, else a new shared
+/* Bytes (rounded up to pages). `most` 0: a small request takes a hole in a shared segment, else a new shared
  * segment; where the limit has no room for that, and for a large request, a segment of its own.
+ * With `most` > 0 it is always a segment of its own, which may be that large (so a ring of unequal
+ * units keeps its segments whole).
  * A segment comes from, in this order: the smallest cached one of at most `most` bytes and twice the size
  * (a shared segment: of exactly its size), taken whole; a new mapping while mapped + size <= limit; the
  * smallest cached one that is larger, cut to the size (its tail is unmapped, or the rest of the

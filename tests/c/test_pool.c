@@ -25,7 +25,7 @@ static struct om_extent take(struct om_pool *p, uint64_t bytes)
 	struct om_extent e;
 
 	CHECK(om_pool_fits(p, bytes));
-	CHECK_EQ(om_pool_alloc(p, bytes, bytes + bytes / 4, &e), 0);
+	CHECK_EQ(om_pool_alloc(p, bytes, 0, &e), 0);
 	CHECK(e.segment && e.ptr && e.bytes >= bytes && e.bytes % OM_PAGE == 0);
 	CHECK_EQ((uintptr_t)e.ptr % OM_PAGE, 0);
 	CHECK_EQ(om_pool_check(p), 0);
@@ -45,7 +45,7 @@ static void refuse(struct om_pool *p, uint64_t bytes)
 	uint64_t live = p->mapped_bytes - p->cached_bytes, cached = p->cached_bytes;
 
 	CHECK(!om_pool_fits(p, bytes));
-	CHECK_EQ(om_pool_alloc(p, bytes, bytes + bytes / 4, &e), OM_ELIMIT);
+	CHECK_EQ(om_pool_alloc(p, bytes, 0, &e), OM_ELIMIT);
 	CHECK(!e.segment);
 	CHECK_EQ(om_err_last()->limit, p->limit_bytes);
 	CHECK_EQ(om_err_last()->used, live);
@@ -61,7 +61,7 @@ static void test_limit(void)
 	struct om_extent a, b, c, e;
 
 	om_pool_init(&p, 10 * MIB);
-	CHECK_EQ(om_pool_alloc(&p, 0, 0 + 0 / 4, &e), OM_EVALUE);
+	CHECK_EQ(om_pool_alloc(&p, 0, 0, &e), OM_EVALUE);
 	refuse(&p, 10 * MIB + 1);
 	refuse(&p, UINT64_MAX);
 	refuse(&p, UINT64_MAX - 4096);
@@ -311,7 +311,7 @@ static void test_random(unsigned long long seed)
 			om_pool_free(&p, &e[k]);
 		} else {
 			bool fits = om_pool_fits(&p, bytes);
-			int code = om_pool_alloc(&p, bytes, bytes + bytes / 4, &e[k]);
+			int code = om_pool_alloc(&p, bytes, 0, &e[k]);
 
 			CHECK_EQ(code, fits ? 0 : OM_ELIMIT);
 			if (!code) {
@@ -350,7 +350,7 @@ static bool fault_run(enum om_fault point, uint64_t nth, bool sticky)
 		if (x->segment) {
 			om_pool_free(&p, x);
 		} else {
-			code = om_pool_alloc(&p, sizes[(i + i / 8) % 8], sizes[(i + i / 8) % 8] + sizes[(i + i / 8) % 8] / 4, x);
+			code = om_pool_alloc(&p, sizes[(i + i / 8) % 8], 0, x);
 			CHECK(!code || code == -ENOMEM || code == OM_ELIMIT);
 			CHECK(!code == (x->segment != NULL));
 			if (code) {
@@ -398,13 +398,13 @@ static void test_system_refuses(void)
 	a = take(&p, 4 * MIB);
 	b = take(&p, 10 * MIB);
 	om_fault_arm(OM_FAULT_MAP, 1, true);
-	CHECK_EQ(om_pool_alloc(&p, 4 * MIB, 4 * MIB + 4 * MIB / 4, &e), -ENOMEM);
+	CHECK_EQ(om_pool_alloc(&p, 4 * MIB, 0, &e), -ENOMEM);
 	CHECK(!e.segment);
 	give(&p, &b);
-	CHECK_EQ(om_pool_alloc(&p, 5 * MIB, 5 * MIB + 5 * MIB / 4, &e), 0); /* a cached one, cut */
+	CHECK_EQ(om_pool_alloc(&p, 5 * MIB, 0, &e), 0); /* a cached one, cut */
 	CHECK_EQ(e.bytes, 5 * MIB);
 	give(&p, &e);
-	CHECK_EQ(om_pool_alloc(&p, 6 * MIB, 6 * MIB + 6 * MIB / 4, &e), -ENOMEM);
+	CHECK_EQ(om_pool_alloc(&p, 6 * MIB, 0, &e), -ENOMEM);
 	CHECK_EQ(p.cached_bytes, 0); /* all was given back before giving up */
 	CHECK_EQ(om_pool_check(&p), 0);
 	om_fault_reset();
