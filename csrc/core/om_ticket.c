@@ -115,6 +115,28 @@ int om_store_prefetch(struct om_store *s, const char *const *names, size_t count
 	return 0;
 }
 
+/* Wait for what keeps an item from being started: room, or a canceled fill that has to land. */
+static int wait_start_locked(struct om_ticket *t, struct item *it, uint64_t deadline_ns)
+{
+	struct om_store *s = t->store;
+	struct om_block *b = it->block;
+	int code = 0;
+
+	if (b->host == OM_COPY_NONE)
+		code = om_room_wait_locked(s, b->group, om_block_host_bytes(b), deadline_ns, NULL, 0);
+	if (code)
+		return code;
+	look_locked(t, it);
+	if (it->settled || it->move)
+		return 0;
+	if (s->closing)
+		return om_err(OM_ECLOSED, "the store is closed");
+	if (om_now() >= deadline_ns)
+		return om_err(OM_EBUSY, "block '%s' is not on its way at the deadline", b->name);
+	om_store_wait_locked(s, deadline_ns);
+	return 0;
+}
+
 int om_ticket_wait(struct om_ticket *t, uint64_t deadline_ns)
 {
 	struct om_store *s = t->store;
@@ -130,8 +152,7 @@ int om_ticket_wait(struct om_ticket *t, uint64_t deadline_ns)
 			if (it->move)
 				code = om_fetch_settle_locked(s, it->move, deadline_ns);
 			else
-				code = om_room_wait_locked(s, it->block->group, om_block_host_bytes(it->block),
-				                           deadline_ns, NULL, 0);
+				code = wait_start_locked(t, it, deadline_ns);
 			if (it->move && it->move->settled)
 				code = 0; /* the item has the error */
 			look_locked(t, it);
