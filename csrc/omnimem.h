@@ -140,6 +140,9 @@ void om_store_collect(struct om_store *s);
  * holds them, then drops the other copies and the origin. */
 int om_store_lease(struct om_store *s, const char *name, bool write, uint64_t deadline_ns,
                    struct om_lease **ret);
+/* As om_store_lease for reading, if the bytes are in HOST: never waits, does no work owed on them.
+ * OM_EAGAIN (no error is set) when om_store_lease must decide. */
+int om_store_lease_now(struct om_store *s, const char *name, struct om_lease **ret);
 void *om_lease_data(const struct om_lease *l); /* never NULL, also for zero bytes */
 uint64_t om_lease_nbytes(const struct om_lease *l);
 const struct om_desc *om_lease_desc(const struct om_lease *l);

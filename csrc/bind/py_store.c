@@ -225,11 +225,12 @@ static PyObject *store_lease(PyObject *self, PyObject *const *args, Py_ssize_t n
 		return NULL;
 	c.s = core->s;
 	c.write = write;
-	code = call_lease(&c, 0);
-	if (om_unlikely(code == OM_EBUSY || (write && core->foreign)) && !a[2])
-		deadline_ns = om_deadline(PY_DEFAULT_TIMEOUT_NS);
-	if (code == OM_EBUSY)
+	code = write ? OM_EAGAIN : om_store_lease_now(c.s, c.name, &c.lease);
+	if (code == OM_EAGAIN) {
+		if (!a[2])
+			deadline_ns = om_deadline(PY_DEFAULT_TIMEOUT_NS);
 		code = py_wait(call_lease, &c, deadline_ns);
+	}
 	if (om_unlikely(write && code == 0 && core->foreign))
 		code = lease_own_memory(core, &c, deadline_ns);
 	if (om_likely(code == 0))

@@ -418,6 +418,26 @@ int om_store_lease(struct om_store *s, const char *name, bool write, uint64_t de
 	return leave(s, code);
 }
 
+int om_store_lease_now(struct om_store *s, const char *name, struct om_lease **ret)
+{
+	struct om_block *b;
+	int code = om_store_enter(s);
+
+	if (code)
+		return code;
+	b = om_store_find_locked(s, name);
+	if (!b || b->host != OM_COPY_VALID || b->writer)
+		return leave(s, OM_EAGAIN);
+	om_block_ref(b);
+	code = om_fetch_lease_locked(s, &b, 1, 0, NULL);
+	if (!code && !(*ret = om_lease_make_locked(s, b, false))) {
+		code = -ENOMEM;
+		om_fetch_unlease_locked(s, b);
+	}
+	om_block_unref(b);
+	return leave(s, code);
+}
+
 /* ---- adding ---- */
 
 static int check_name(const char *name)
