@@ -58,8 +58,9 @@ static void populate(struct om_job *job)
 		if (om_host_populate((char *)seg->base + at, bytes))
 			bytes = seg->bytes - at; /* the reads fault the pages, or fail and say so */
 		at += bytes;
-		__atomic_store_n(&seg->populated, at, __ATOMIC_RELEASE);
-		if (__atomic_load_n(&s->starved, __ATOMIC_ACQUIRE))
+		/* Either the mover sees these pages, or this thread sees that it waits for them. */
+		__atomic_store_n(&seg->populated, at, __ATOMIC_SEQ_CST);
+		if (__atomic_load_n(&s->starved, __ATOMIC_SEQ_CST))
 			om_io_wake(s->io);
 	}
 	om_mutex_lock(&s->lock);
@@ -101,7 +102,7 @@ static bool pages_there(const struct om_move *m, uint32_t length)
 	if (m->kind != OM_MOVE_FILL || seg->arena)
 		return true;
 	end = (uint64_t)(piece->mem + m->issued.done + length - (uint8_t *)seg->base);
-	return end <= __atomic_load_n(&seg->populated, __ATOMIC_ACQUIRE);
+	return end <= __atomic_load_n(&seg->populated, __ATOMIC_SEQ_CST);
 }
 
 /* ---- issuing ---- */
@@ -203,7 +204,7 @@ static bool issue_next_locked(struct mover *mv)
 				return true;
 			}
 			if (!pages_there(m, length)) {
-				__atomic_store_n(&s->starved, true, __ATOMIC_RELEASE);
+				__atomic_store_n(&s->starved, true, __ATOMIC_SEQ_CST);
 				if (!pages_there(m, length))
 					continue;
 			}

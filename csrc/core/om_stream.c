@@ -205,21 +205,22 @@ static void forget_unit_locked(struct om_stream *st, struct unit *u)
 	}
 }
 
-/* Free what was fetched ahead for a unit that is not among the next ones. */
-static bool drop_stray_locked(struct om_stream *st, size_t foretold)
+/* Let go what was fetched ahead for units that are not among the next ones. Did it free any bytes
+ * now? (What is in flight goes when it lands.) */
+static bool drop_strays_locked(struct om_stream *st, size_t foretold)
 {
+	uint64_t before = st->group->used_bytes;
+
 	for (size_t i = 0; i < st->count; i++) {
 		struct unit *u = &st->units[i];
 		bool wanted = u->users > 0 || !speculated(u);
 
 		for (size_t k = 0; k < foretold && !wanted; k++)
 			wanted = st->ahead[k] == i;
-		if (!wanted) {
+		if (!wanted)
 			forget_unit_locked(st, u);
-			return true;
-		}
 	}
-	return false;
+	return st->group->used_bytes < before;
 }
 
 static bool room_now(const struct om_stream *st, uint64_t bytes)
@@ -248,7 +249,7 @@ static void fetch_ahead_locked(struct om_stream *st)
 		if (!bytes)
 			continue;
 		while (!room_now(st, bytes))
-			if (!drop_stray_locked(st, foretold))
+			if (!drop_strays_locked(st, foretold))
 				return;
 		for (size_t i = 0; i < u->streamed_count; i++)
 			if (u->blocks[i]->host == OM_COPY_NONE &&

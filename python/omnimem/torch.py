@@ -338,8 +338,8 @@ class Streamed:
         stats = self._stream.stats()
         self._pass_bytes = stats["read_bytes"] - self._seen_bytes
         self._seen_bytes = stats["read_bytes"]
-        self._pass_stall = stats["stall_ns"] / 1e9 - self._seen_stall
-        self._seen_stall = stats["stall_ns"] / 1e9
+        self._pass_stall = stats["stall_seconds"] - self._seen_stall
+        self._seen_stall = stats["stall_seconds"]
         self._pass_seconds = seconds
         self._passes += 1
 
@@ -411,7 +411,7 @@ class Streamed:
             "bytes_read": own["read_bytes"],
             "bytes_last_pass": self._pass_bytes,
             "seconds_last_pass": self._pass_seconds,
-            "stall_seconds": own["stall_ns"] / 1e9,
+            "stall_seconds": own["stall_seconds"],
             "stall_last_pass": self._pass_stall,
             "read_bytes_per_second": store.read_bytes / busy if busy else None,
             "enters": own["enters"],
