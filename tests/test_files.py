@@ -170,13 +170,13 @@ def test_a_changed_file_is_an_error(
 ) -> None:
     path = file_of(data(MIB))
     healthy = file_of(data(MIB, 1), "healthy")
-    store.add_file("a", path, 0, MIB)
+    store.add_file("block a", path, 0, MIB)
     store.add_file("b", healthy, 0, MIB)
-    assert read(store, "a") == data(MIB)
-    store.evict("a")
+    assert read(store, "block a") == data(MIB)
+    store.evict("block a")
     damage(path)
-    with pytest.raises((omnimem.CorruptError, omnimem.IOFailure), match="a") as caught:
-        store.lease("a")
+    with pytest.raises((omnimem.CorruptError, omnimem.IOFailure), match="'block a'") as caught:
+        store.lease("block a")
     assert caught.value.filename == str(path)
     assert isinstance(caught.value, OSError)
     store.check()

@@ -224,8 +224,13 @@ int om_move_check_files(const struct om_move *m)
 	for (size_t i = 0; i < m->block->range_count; i++) {
 		int code = om_file_check(m->block->ranges[i].file);
 
-		if (code)
+		if (code) {
+			struct om_error e = *om_err_last();
+
+			om_err(code, "block '%s': %s", m->block->name, e.text);
+			om_err_file(e.filename);
 			return code;
+		}
 	}
 	return 0;
 }
