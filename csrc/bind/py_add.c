@@ -213,7 +213,8 @@ static int read_desc(PyObject *dtype, PyObject *shape, uint64_t total, struct om
 	if (shape && shape != Py_None && py_dims(shape, "shape", ret->shape, &ndim))
 		return -1;
 	if (!py_dtype_nbytes(type, ndim, ret->shape, &nbytes) || nbytes != total) {
-		PyErr_Format(PyExc_ValueError, "dtype %s and the shape do not make up the block's %llu bytes",
+		PyErr_Format(PyExc_ValueError,
+		             "dtype %s and the shape do not make up the block's %llu bytes",
 		             name ? name : "uint8", (unsigned long long)total);
 		return -1;
 	}
@@ -237,13 +238,13 @@ PyObject *py_store_add_file(PyObject *self, PyObject *const *args, Py_ssize_t na
 	if (!core || py_args("add_file", args, nargs, kwnames, names, 2, 4, a))
 		return NULL;
 	name = py_text(a[0], "name");
-	if (!name || py_text_or_null(a[6], "group", &group) || read_files(&files, a[1], a[2], a[3]) ||
-	    total_bytes(&files, &total) || read_desc(a[4], a[5], total, &desc))
+	if (!name || py_text_or_null(a[6], "group", &group) ||
+	    read_files(&files, a[1], a[2], a[3]) || total_bytes(&files, &total) ||
+	    read_desc(a[4], a[5], total, &desc))
 		goto out;
-	Py_BEGIN_ALLOW_THREADS
-	code = om_store_add_file(core->s, name, group, files.ranges, files.count, &desc);
-	Py_END_ALLOW_THREADS
-	result = py_done(code);
+	Py_BEGIN_ALLOW_THREADS code =
+		om_store_add_file(core->s, name, group, files.ranges, files.count, &desc);
+	Py_END_ALLOW_THREADS result = py_done(code);
 out:
 	free_files(&files);
 	return result;

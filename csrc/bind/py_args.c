@@ -9,9 +9,9 @@
 #include <string.h>
 #include <time.h>
 
-#define SLICE_NS  (OM_NSEC / 10)  /* signals are seen this often */
-#define PAUSE_NS  (OM_NSEC / 1000) /* after a refusal that came before its deadline */
-#define MAX_SIZE  (UINT64_C(1) << 62)
+#define SLICE_NS (OM_NSEC / 10)   /* signals are seen this often */
+#define PAUSE_NS (OM_NSEC / 1000) /* after a refusal that came before its deadline */
+#define MAX_SIZE (UINT64_C(1) << 62)
 
 static int find_name(PyObject *key, const char *const *names)
 {
@@ -57,7 +57,8 @@ int py_args(const char *function, PyObject *const *args, Py_ssize_t nargs, PyObj
 		return -1;
 	for (int i = 0; i < required; i++)
 		if (!out[i]) {
-			PyErr_Format(PyExc_TypeError, "%s() misses argument '%s'", function, names[i]);
+			PyErr_Format(PyExc_TypeError, "%s() misses argument '%s'", function,
+			             names[i]);
 			return -1;
 		}
 	return 0;
@@ -131,7 +132,8 @@ int py_deadline(PyObject *timeout, uint64_t *ret)
 	}
 	if (!(seconds >= 0)) {
 		PyErr_Format(PyExc_ValueError,
-		             "timeout=%R must be seconds from 0, or None to wait for ever", timeout);
+		             "timeout=%R must be seconds from 0, or None to wait for ever",
+		             timeout);
 		return -1;
 	}
 	/* 2^63 ns are 292 years: more than that is for ever. */
@@ -156,13 +158,10 @@ int py_wait(int (*call)(void *arg, uint64_t deadline_ns), void *arg, uint64_t de
 		bool last = deadline_ns <= slice;
 		int code;
 
-		Py_BEGIN_ALLOW_THREADS
-		code = call(arg, last ? deadline_ns : slice);
+		Py_BEGIN_ALLOW_THREADS code = call(arg, last ? deadline_ns : slice);
 		if (code == OM_EBUSY && !last && om_now() < slice)
 			pause_until(slice);
-		Py_END_ALLOW_THREADS
-		if (code != OM_EBUSY || last)
-			return code;
+		Py_END_ALLOW_THREADS if (code != OM_EBUSY || last) return code;
 		if (PyErr_CheckSignals())
 			return PY_RAISED;
 	}

@@ -81,7 +81,7 @@ struct py_foreign;
 struct py_core {
 	struct om_store *s;
 	size_t refs;
-	struct py_foreign *foreign; /* list of what om_store_take keeps */
+	struct py_foreign *foreign;  /* list of what om_store_take keeps */
 	struct py_core *prev, *next; /* in py_keepers, while `keeps` */
 	bool keeps;
 };
@@ -102,7 +102,7 @@ bool py_core_is_readonly(struct py_core *c, const void *data);
 
 /* Bytes of a DLPack or buffer producer, held until py_data_fini. */
 struct py_data {
-	void *managed;     /* DLPack: the managed tensor; its deleter is owed */
+	void *managed; /* DLPack: the managed tensor; its deleter is owed */
 	bool versioned;
 	Py_buffer *buffer; /* else the buffer */
 	void *copy;        /* contiguous bytes made from strided ones */
@@ -146,8 +146,7 @@ void py_copy_strided(char *dst, const char *src, int ndim, const int64_t *shape,
 /* ---- objects ---- */
 
 struct py_store {
-	PyObject_HEAD
-	struct py_core *core; /* NULL: not initialised */
+	PyObject_HEAD struct py_core *core; /* NULL: not initialised */
 };
 /* The store of a Store, or NULL with ClosedError. */
 struct py_core *py_store_core(PyObject *store);
@@ -163,7 +162,7 @@ int py_window_check(uint64_t block_nbytes, uint64_t offset, struct om_dl_type ty
 
 extern PyType_Spec py_store_spec, py_lease_spec, py_window_spec, py_ticket_spec, py_stream_spec;
 extern PyTypeObject *py_store_type, *py_lease_type, *py_window_type, *py_ticket_type,
-        *py_stream_type;
+	*py_stream_type;
 
 /* Casts a METH_FASTCALL | METH_KEYWORDS function for a method table. */
 #define PY_FAST(function) ((PyCFunction)(void (*)(void))(function))

@@ -113,7 +113,8 @@ static PyObject *make_error(PyObject *class, const char *class_name, int code,
 		return NULL;
 	if (os && e->filename[0]) {
 		file = PyUnicode_DecodeFSDefault(e->filename);
-		error = file ? PyObject_CallFunction(class, "iOO", errno_of(code), text, file) : NULL;
+		error = file ? PyObject_CallFunction(class, "iOO", errno_of(code), text, file)
+		             : NULL;
 		Py_XDECREF(file);
 	} else if (os) {
 		error = PyObject_CallFunction(class, "iO", errno_of(code), text);
@@ -167,9 +168,9 @@ PyObject *py_raise_device(const char *fmt, ...)
 /* ---- fault points, for tests ---- */
 
 static const char *const fault_names[OM_FAULT_COUNT] = {
-	[OM_FAULT_ALLOC] = "alloc",   [OM_FAULT_MAP] = "map",     [OM_FAULT_SUBMIT] = "submit",
-	[OM_FAULT_READ] = "read",     [OM_FAULT_SHORT] = "short", [OM_FAULT_WRITE] = "write",
-	[OM_FAULT_NOSPC] = "nospc",   [OM_FAULT_THREAD] = "thread", [OM_FAULT_FLIP] = "flip",
+	[OM_FAULT_ALLOC] = "alloc", [OM_FAULT_MAP] = "map",       [OM_FAULT_SUBMIT] = "submit",
+	[OM_FAULT_READ] = "read",   [OM_FAULT_SHORT] = "short",   [OM_FAULT_WRITE] = "write",
+	[OM_FAULT_NOSPC] = "nospc", [OM_FAULT_THREAD] = "thread", [OM_FAULT_FLIP] = "flip",
 };
 
 static int find_fault(const char *name)
@@ -252,8 +253,10 @@ static const struct {
 	PyType_Spec *spec;
 	PyTypeObject **type;
 } types[] = {
-	{ "Store", &py_store_spec, &py_store_type },    { "Lease", &py_lease_spec, &py_lease_type },
-	{ "Window", &py_window_spec, &py_window_type }, { "Ticket", &py_ticket_spec, &py_ticket_type },
+	{ "Store", &py_store_spec, &py_store_type },
+	{ "Lease", &py_lease_spec, &py_lease_type },
+	{ "Window", &py_window_spec, &py_window_type },
+	{ "Ticket", &py_ticket_spec, &py_ticket_type },
 	{ "Stream", &py_stream_spec, &py_stream_type },
 };
 #define TYPES (sizeof(types) / sizeof(types[0]))
@@ -274,8 +277,9 @@ static int module_exec(PyObject *module)
 	int64_t here = PyInterpreterState_GetID(PyInterpreterState_Get());
 
 	if (home >= 0 && home != here) {
-		PyErr_SetString(PyExc_ImportError,
-		                "omnimem works in one interpreter of a process, and another has it");
+		PyErr_SetString(
+			PyExc_ImportError,
+			"omnimem works in one interpreter of a process, and another has it");
 		return -1;
 	}
 	if (home < 0 && (load_classes() || make_types()))

@@ -49,8 +49,8 @@ static const struct {
 /* Types that the table has no row for are spelled base, bits (a power of two) and, above one lane,
  * "x" and lanes. */
 static const char *const bases[OM_DL_CODES] = {
-	[OM_DL_INT] = "int",         [OM_DL_UINT] = "uint",       [OM_DL_FLOAT] = "float",
-	[OM_DL_BFLOAT] = "bfloat",   [OM_DL_COMPLEX] = "complex", [OM_DL_BOOL] = "bool",
+	[OM_DL_INT] = "int",       [OM_DL_UINT] = "uint",       [OM_DL_FLOAT] = "float",
+	[OM_DL_BFLOAT] = "bfloat", [OM_DL_COMPLEX] = "complex", [OM_DL_BOOL] = "bool",
 };
 
 static int find_type(struct om_dl_type type)
@@ -74,7 +74,8 @@ static bool parse_spelled(const char *name, struct om_dl_type *ret)
 			continue;
 		if (sscanf(name + n, "%3u%n", &bits, &end) == 1 && name[n + end] == 'x') {
 			n += end + 1;
-			if (name[n] < '1' || name[n] > '9' || sscanf(name + n, "%5u%n", &lanes, &end) != 1)
+			if (name[n] < '1' || name[n] > '9' ||
+			    sscanf(name + n, "%5u%n", &lanes, &end) != 1)
 				return false;
 		}
 		if (name[n + end] || bits > 128 || (bits & (bits - 1)) || lanes > UINT16_MAX)
@@ -96,7 +97,8 @@ int py_dtype_parse(const char *name, struct om_dl_type *ret)
 		return 0;
 	PyErr_Format(PyExc_ValueError,
 	             "dtype '%s' is unknown: write it as NumPy and torch do, such as 'bfloat16', "
-	             "'float8_e4m3fn', 'uint8'", name);
+	             "'float8_e4m3fn', 'uint8'",
+	             name);
 	return -1;
 }
 
@@ -195,8 +197,8 @@ int py_dims(PyObject *o, const char *what, int64_t *ret, int *ret_ndim)
 		return -1;
 	n = PyTuple_Size(tuple);
 	if (n > OM_MAX_NDIM) {
-		PyErr_Format(PyExc_ValueError, "%s has %zd dimensions, at most %d are possible", what, n,
-		             OM_MAX_NDIM);
+		PyErr_Format(PyExc_ValueError, "%s has %zd dimensions, at most %d are possible",
+		             what, n, OM_MAX_NDIM);
 		failed = -1;
 	}
 	for (Py_ssize_t i = 0; i < n && !failed; i++)

@@ -14,7 +14,8 @@
 #define COPY_ALIGN 64
 #define COPY_ALONE (UINT64_C(1) << 20) /* larger copies let other Python threads run */
 
-struct export {
+struct export
+{
 	union {
 		struct om_dl_managed legacy;
 		struct om_dl_managed_versioned versioned;

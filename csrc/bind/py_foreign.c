@@ -65,8 +65,7 @@ static void destroy(struct py_core *c)
 
 	unlink_keeper(c);
 	free(c);
-	Py_BEGIN_ALLOW_THREADS
-	om_store_unref(s);
+	Py_BEGIN_ALLOW_THREADS om_store_unref(s);
 	Py_END_ALLOW_THREADS
 }
 

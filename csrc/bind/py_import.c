@@ -20,7 +20,8 @@ static bool is_cpu(long type)
 static int refuse_device(long type)
 {
 	py_raise_device("data is on DLPack device type %ld, only the CPU's memory can be added: "
-	                "copy it there first", type);
+	                "copy it there first",
+	                type);
 	return -1;
 }
 
@@ -87,7 +88,8 @@ static int take_capsule(struct py_data *d, PyObject *capsule)
 	const char *name, *used;
 
 	if (!PyCapsule_CheckExact(capsule)) {
-		PyErr_Format(PyExc_BufferError, "__dlpack__ returned %R, not a capsule", Py_TYPE(capsule));
+		PyErr_Format(PyExc_BufferError, "__dlpack__ returned %R, not a capsule",
+		             Py_TYPE(capsule));
 		return -1;
 	}
 	d->versioned = PyCapsule_IsValid(capsule, OM_DL_VERSIONED);
@@ -125,7 +127,8 @@ static bool extent_overflows(const struct om_dl_tensor *t, uint64_t itemsize)
 		if (t->shape[i] < 2)
 			continue;
 		if (om_mul_overflows((uint64_t)t->shape[i] - 1, stride, &part) ||
-		    om_mul_overflows(part, itemsize, &part) || om_add_overflows(total, part, &total))
+		    om_mul_overflows(part, itemsize, &part) ||
+		    om_add_overflows(total, part, &total))
 			return true;
 	}
 	return total >= ADDRESS_SPACE;
@@ -138,8 +141,9 @@ static int check_tensor(struct py_data *d, const struct om_dl_tensor *t)
 	if (!is_cpu(t->device.type))
 		return refuse_device(t->device.type);
 	if (t->ndim < 0 || t->ndim > OM_MAX_NDIM) {
-		PyErr_Format(PyExc_BufferError, "bad DLPack tensor: %d dimensions, 0 to %d are possible",
-		             (int)t->ndim, OM_MAX_NDIM);
+		PyErr_Format(PyExc_BufferError,
+		             "bad DLPack tensor: %d dimensions, 0 to %d are possible", (int)t->ndim,
+		             OM_MAX_NDIM);
 		return -1;
 	}
 	if (type.bits == 0 || type.lanes == 0)
@@ -170,9 +174,10 @@ static void *alloc_copy(struct py_data *d)
 
 static int refuse_strided(void)
 {
-	PyErr_SetString(PyExc_ValueError,
-	                "the data is not contiguous: take() keeps memory as it is; make it contiguous "
-	                "first, or add() it");
+	PyErr_SetString(
+		PyExc_ValueError,
+		"the data is not contiguous: take() keeps memory as it is; make it contiguous "
+		"first, or add() it");
 	return -1;
 }
 
@@ -202,10 +207,9 @@ static int read_tensor(struct py_data *d, const struct om_dl_tensor *t, bool may
 		return -1;
 	for (int i = 0; i < t->ndim; i++) /* of one element: never used, may hold anything */
 		strides[i] = t->shape[i] > 1 ? t->strides[i] * (int64_t)itemsize : 0;
-	Py_BEGIN_ALLOW_THREADS
-	py_copy_strided(d->copy, d->data, t->ndim, t->shape, strides, itemsize);
-	Py_END_ALLOW_THREADS
-	d->data = d->copy;
+	Py_BEGIN_ALLOW_THREADS py_copy_strided(d->copy, d->data, t->ndim, t->shape, strides,
+	                                       itemsize);
+	Py_END_ALLOW_THREADS d->data = d->copy;
 	return 0;
 }
 
@@ -305,7 +309,8 @@ int py_data_init(struct py_data *d, PyObject *o, bool may_copy)
 	got = try_dlpack(d, o, may_copy);
 	if (got == 0 && !PyObject_CheckBuffer(o)) {
 		PyErr_Format(PyExc_TypeError,
-		             "data must speak DLPack or the buffer protocol, %R does neither", Py_TYPE(o));
+		             "data must speak DLPack or the buffer protocol, %R does neither",
+		             Py_TYPE(o));
 		return -1;
 	}
 	if (got == 0)

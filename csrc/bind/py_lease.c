@@ -10,8 +10,7 @@
 PyTypeObject *py_lease_type;
 
 struct py_lease {
-	PyObject_HEAD
-	struct om_lease *l; /* NULL: released */
+	PyObject_HEAD struct om_lease *l; /* NULL: released */
 };
 
 PyObject *py_lease_new(struct om_lease *l)
@@ -188,11 +187,12 @@ static PyObject *get_released(PyObject *self, void *Py_UNUSED(unused))
 }
 
 PyDoc_STRVAR(release_doc, "release($self, /)\n--\n\n"
-	"Let the bytes go; views that exist keep them. Idempotent.");
+                          "Let the bytes go; views that exist keep them. Idempotent.");
 PyDoc_STRVAR(window_doc, "window($self, offset, dtype, shape, strides=None)\n--\n\n"
-	"A typed view from `offset` bytes on; strides in elements.");
-PyDoc_STRVAR(dlpack_doc, "__dlpack__($self, /, *, stream=None, max_version=None, "
-	"dl_device=None, copy=None)\n--\n\nA DLPack capsule that keeps the bytes.");
+                         "A typed view from `offset` bytes on; strides in elements.");
+PyDoc_STRVAR(dlpack_doc,
+             "__dlpack__($self, /, *, stream=None, max_version=None, "
+             "dl_device=None, copy=None)\n--\n\nA DLPack capsule that keeps the bytes.");
 
 static PyMethodDef lease_methods[] = {
 	{ "release", lease_release, METH_NOARGS, release_doc },

@@ -43,7 +43,8 @@ static int read_config(PyObject *args, PyObject *kwargs, struct om_store_config 
 	const char *backend = "auto", *verify = "always";
 
 	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KK|OssKII:Store", names, &host, &disk,
-	                                 &directory, &backend, &verify, &window, &request, &threads))
+	                                 &directory, &backend, &verify, &window, &request,
+	                                 &threads))
 		return -1;
 	*c = (struct om_store_config){ .host_limit_bytes = host,
 		                       .disk_limit_bytes = disk,
@@ -77,10 +78,8 @@ static int store_init(PyObject *self, PyObject *args, PyObject *kwargs)
 		Py_XDECREF(directory);
 		return -1;
 	}
-	Py_BEGIN_ALLOW_THREADS
-	code = om_store_create(&config, &s);
-	Py_END_ALLOW_THREADS
-	Py_XDECREF(directory);
+	Py_BEGIN_ALLOW_THREADS code = om_store_create(&config, &s);
+	Py_END_ALLOW_THREADS Py_XDECREF(directory);
 	if (code) {
 		py_raise(code);
 		return -1;
@@ -88,20 +87,16 @@ static int store_init(PyObject *self, PyObject *args, PyObject *kwargs)
 	o->core = py_core_new(s);
 	if (o->core)
 		return 0;
-	Py_BEGIN_ALLOW_THREADS
-	om_store_unref(s);
-	Py_END_ALLOW_THREADS
-	return -1;
+	Py_BEGIN_ALLOW_THREADS om_store_unref(s);
+	Py_END_ALLOW_THREADS return -1;
 }
 
 static int close_core(struct py_core *core)
 {
 	int code;
 
-	Py_BEGIN_ALLOW_THREADS
-	code = om_store_close(core->s);
-	Py_END_ALLOW_THREADS
-	py_collect();
+	Py_BEGIN_ALLOW_THREADS code = om_store_close(core->s);
+	Py_END_ALLOW_THREADS py_collect();
 	return code;
 }
 
@@ -155,10 +150,8 @@ static PyObject *store_group(PyObject *self, PyObject *const *args, Py_ssize_t n
 	name = py_text(a[0], "name");
 	if (!name || py_size(a[1], "host_limit", &limit))
 		return NULL;
-	Py_BEGIN_ALLOW_THREADS
-	code = om_store_group(core->s, name, limit);
-	Py_END_ALLOW_THREADS
-	return py_done(code);
+	Py_BEGIN_ALLOW_THREADS code = om_store_group(core->s, name, limit);
+	Py_END_ALLOW_THREADS return py_done(code);
 }
 
 struct name_call {
@@ -274,10 +267,8 @@ static PyObject *store_remove(PyObject *self, PyObject *name)
 
 	if (!core || !text)
 		return NULL;
-	Py_BEGIN_ALLOW_THREADS
-	code = om_store_remove(core->s, text);
-	Py_END_ALLOW_THREADS
-	return py_done(code);
+	Py_BEGIN_ALLOW_THREADS code = om_store_remove(core->s, text);
+	Py_END_ALLOW_THREADS return py_done(code);
 }
 
 static int store_contains(PyObject *self, PyObject *name)
@@ -328,10 +319,8 @@ static PyObject *store_check(PyObject *self, PyObject *Py_UNUSED(unused))
 
 	if (!core)
 		return NULL;
-	Py_BEGIN_ALLOW_THREADS
-	code = om_store_check(core->s);
-	Py_END_ALLOW_THREADS
-	return py_done(code);
+	Py_BEGIN_ALLOW_THREADS code = om_store_check(core->s);
+	Py_END_ALLOW_THREADS return py_done(code);
 }
 
 /* (nbytes, (tier, ...), leases, origin or None, origin offset, extents, dtype or None, shape or
@@ -341,10 +330,10 @@ static PyObject *info_tuple(const struct om_info *i)
 	PyObject *dtype = NULL, *shape = NULL, *tiers, *origin;
 	bool host = i->tiers & OM_TIER_HOST, disk = i->tiers & OM_TIER_DISK;
 
-	tiers = host && disk ? Py_BuildValue("(ss)", "host", "disk") :
-	        host         ? Py_BuildValue("(s)", "host") :
-	        disk         ? Py_BuildValue("(s)", "disk") :
-	                       PyTuple_New(0);
+	tiers = host && disk ? Py_BuildValue("(ss)", "host", "disk")
+	        : host       ? Py_BuildValue("(s)", "host")
+	        : disk       ? Py_BuildValue("(s)", "disk")
+	                     : PyTuple_New(0);
 	origin = i->has_origin ? PyUnicode_DecodeFSDefault(i->origin) : Py_NewRef(Py_None);
 	if (i->desc.ndim >= 0) {
 		dtype = py_dtype_name(py_desc_type(&i->desc));
@@ -354,8 +343,8 @@ static PyObject *info_tuple(const struct om_info *i)
 		shape = Py_NewRef(Py_None);
 	}
 	return Py_BuildValue("(KNINKnNNs)", (unsigned long long)i->nbytes, tiers, i->leases, origin,
-	                     (unsigned long long)i->origin_offset, (Py_ssize_t)i->origin_count, dtype,
-	                     shape, i->group);
+	                     (unsigned long long)i->origin_offset, (Py_ssize_t)i->origin_count,
+	                     dtype, shape, i->group);
 }
 
 static PyObject *store_info(PyObject *self, PyObject *name)
@@ -393,14 +382,22 @@ static PyObject *stats_dict(const struct om_stats *s)
 		const char *key;
 		uint64_t value;
 	} counters[] = {
-		{ "exported_bytes", s->exported_bytes }, { "blocks", s->blocks },
-		{ "leases", s->leases },                 { "hits", s->hits },
-		{ "misses", s->misses },                 { "fills", s->fills },
-		{ "drops", s->drops },                   { "writes", s->writes },
-		{ "read_bytes", s->read_bytes },         { "written_bytes", s->written_bytes },
-		{ "prefetches", s->prefetches },         { "prefetch_hits", s->prefetch_hits },
-		{ "prefetch_waste", s->prefetch_waste }, { "verified_bytes", s->verified_bytes },
-		{ "rereads", s->rereads },               { "corrupt", s->corrupt },
+		{ "exported_bytes", s->exported_bytes },
+		{ "blocks", s->blocks },
+		{ "leases", s->leases },
+		{ "hits", s->hits },
+		{ "misses", s->misses },
+		{ "fills", s->fills },
+		{ "drops", s->drops },
+		{ "writes", s->writes },
+		{ "read_bytes", s->read_bytes },
+		{ "written_bytes", s->written_bytes },
+		{ "prefetches", s->prefetches },
+		{ "prefetch_hits", s->prefetch_hits },
+		{ "prefetch_waste", s->prefetch_waste },
+		{ "verified_bytes", s->verified_bytes },
+		{ "rereads", s->rereads },
+		{ "corrupt", s->corrupt },
 		{ "io_errors", s->io_errors },
 	};
 	PyObject *dict = PyDict_New();
@@ -434,27 +431,28 @@ static PyObject *store_stats(PyObject *self, PyObject *Py_UNUSED(unused))
 }
 
 PyDoc_STRVAR(add_doc, "add($self, name, data, group=None, timeout=30.0)\n--\n\n"
-	"Copy the bytes of `data` (DLPack or buffer) in.");
+                      "Copy the bytes of `data` (DLPack or buffer) in.");
 PyDoc_STRVAR(take_doc, "take($self, name, data, group=None, timeout=30.0)\n--\n\n"
-	"Keep the memory of `data` (DLPack or buffer) as the block's bytes.");
+                       "Keep the memory of `data` (DLPack or buffer) as the block's bytes.");
 PyDoc_STRVAR(add_file_doc, "add_file($self, name, extents, offset=None, nbytes=None, *, "
-	"dtype=None, shape=None, group=None)\n--\n\n"
-	"The block's bytes are ranges of files, read in place on demand.");
+                           "dtype=None, shape=None, group=None)\n--\n\n"
+                           "The block's bytes are ranges of files, read in place on demand.");
 PyDoc_STRVAR(lease_doc, "lease($self, name, write=False, timeout=30.0)\n--\n\n"
-	"Bring the bytes into memory and hold them.");
+                        "Bring the bytes into memory and hold them.");
 PyDoc_STRVAR(prefetch_doc, "prefetch($self, names)\n--\n\nStart bringing blocks into memory.");
 PyDoc_STRVAR(evict_doc, "evict($self, name, timeout=30.0)\n--\n\n"
-	"Move a block out of memory; False when it is leased.");
+                        "Move a block out of memory; False when it is leased.");
 PyDoc_STRVAR(remove_doc, "remove($self, name, /)\n--\n\n"
-	"Free the name now, the bytes with the last lease.");
+                         "Free the name now, the bytes with the last lease.");
 PyDoc_STRVAR(names_doc, "names($self, /)\n--\n\nAll names in the order of adding.");
 PyDoc_STRVAR(info_doc, "_info($self, name, /)\n--\n\nThe fields of BlockInfo, as a tuple.");
 PyDoc_STRVAR(stats_doc, "_stats($self, /)\n--\n\nThe fields of StoreStats, as a dict.");
 PyDoc_STRVAR(check_doc, "check($self, /)\n--\n\nRaise CorruptError when an invariant is broken.");
-PyDoc_STRVAR(group_doc, "group($self, name, host_limit)\n--\n\n"
-	"Limit the bytes in memory of a group of blocks; 0: only the store's limit binds.");
+PyDoc_STRVAR(group_doc,
+             "group($self, name, host_limit)\n--\n\n"
+             "Limit the bytes in memory of a group of blocks; 0: only the store's limit binds.");
 PyDoc_STRVAR(close_doc, "close($self, /)\n--\n\n"
-	"Stop the threads and free what nobody sees; live views keep their bytes.");
+                        "Stop the threads and free what nobody sees; live views keep their bytes.");
 
 /* prefetch is in py_ticket.c */
 PyObject *py_store_prefetch(PyObject *self, PyObject *const *args, Py_ssize_t nargs,

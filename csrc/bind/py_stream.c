@@ -29,8 +29,7 @@ struct unit {
 };
 
 struct py_stream {
-	PyObject_HEAD
-	struct om_stream *st; /* NULL: closed */
+	PyObject_HEAD struct om_stream *st; /* NULL: closed */
 	struct py_core *core;
 	size_t count;
 	struct unit *units;
@@ -68,7 +67,8 @@ static int read_blocks(struct py_core *core, PyObject *tuple, struct unit *u, co
 		int resident, code;
 
 		if (!PyTuple_Check(pair) || PyTuple_Size(pair) != 2) {
-			PyErr_SetString(PyExc_TypeError, "a unit's block is a tuple (name, resident)");
+			PyErr_SetString(PyExc_TypeError,
+			                "a unit's block is a tuple (name, resident)");
 			return -1;
 		}
 		names[i] = py_text(PyTuple_GetItem(pair, 0), "a block's name");
@@ -93,7 +93,8 @@ static int read_unit(struct py_core *core, PyObject *o, struct unit *u, struct o
 	const char **names;
 
 	if (!PyTuple_Check(o) || PyTuple_Size(o) != 2) {
-		PyErr_SetString(PyExc_TypeError, "a unit is a tuple (name, [(block, resident), ...])");
+		PyErr_SetString(PyExc_TypeError,
+		                "a unit is a tuple (name, [(block, resident), ...])");
 		return -1;
 	}
 	su->name = py_text(PyTuple_GetItem(o, 0), "a unit's name");
@@ -131,10 +132,8 @@ static int create(struct py_stream *o, const char *group, PyObject *tuple)
 		if (read_unit(o->core, PyTuple_GetItem(tuple, (Py_ssize_t)i), &o->units[i], &su[i],
 		              &keep[i]))
 			goto out;
-	Py_BEGIN_ALLOW_THREADS
-	code = om_stream_create(o->core->s, group, su, n, &o->st);
-	Py_END_ALLOW_THREADS
-	failed = code ? -1 : 0;
+	Py_BEGIN_ALLOW_THREADS code = om_stream_create(o->core->s, group, su, n, &o->st);
+	Py_END_ALLOW_THREADS failed = code ? -1 : 0;
 	if (code) {
 		o->st = NULL;
 		py_raise(code);
@@ -187,10 +186,8 @@ static void let_go(struct py_stream *o)
 	if (!st)
 		return;
 	o->st = NULL;
-	Py_BEGIN_ALLOW_THREADS
-	om_stream_free(st);
-	Py_END_ALLOW_THREADS
-	py_collect();
+	Py_BEGIN_ALLOW_THREADS om_stream_free(st);
+	Py_END_ALLOW_THREADS py_collect();
 }
 
 static void stream_dealloc(PyObject *self)
@@ -363,7 +360,8 @@ static int read_one_window(const struct unit *u, PyObject *o, struct window *w)
 	const char *dtype;
 
 	if (!PyTuple_Check(o) || PyTuple_Size(o) != 4) {
-		PyErr_SetString(PyExc_TypeError, "a window is a tuple (block index, offset, dtype, shape)");
+		PyErr_SetString(PyExc_TypeError,
+		                "a window is a tuple (block index, offset, dtype, shape)");
 		return -1;
 	}
 	dtype = py_text(PyTuple_GetItem(o, 2), "dtype");
@@ -378,7 +376,8 @@ static int read_one_window(const struct unit *u, PyObject *o, struct window *w)
 		return -1;
 	}
 	w->block = (size_t)block;
-	return py_window_check(u->nbytes[block], w->offset, w->type, w->ndim, w->shape, NULL, &nbytes);
+	return py_window_check(u->nbytes[block], w->offset, w->type, w->ndim, w->shape, NULL,
+	                       &nbytes);
 }
 
 static PyObject *stream_set_windows(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
@@ -431,7 +430,8 @@ static PyObject *export_window(struct py_stream *o, size_t unit, const struct wi
 		             .shape = w->shape };
 
 	if (!v.lease)
-		return py_raise_closed("the unit's bytes are not in memory: load() and enter() come first");
+		return py_raise_closed(
+			"the unit's bytes are not in memory: load() and enter() come first");
 	v.data = (char *)om_lease_data(v.lease) + w->offset;
 	v.writable = om_lease_writable(v.lease);
 	return py_export(&v, true, false);
@@ -499,16 +499,22 @@ static PyObject *stream_close(PyObject *self, PyObject *Py_UNUSED(unused))
 }
 
 PyDoc_STRVAR(load_doc, "load($self, timeout=None)\n--\n\nRead the resident blocks and keep them.");
-PyDoc_STRVAR(enter_doc, "enter($self, unit, held, timeout=30.0)\n--\n\n"
+PyDoc_STRVAR(
+	enter_doc,
+	"enter($self, unit, held, timeout=30.0)\n--\n\n"
 	"Bring the unit's streamed blocks in and append `unit` to the list `held`; True when the "
 	"caller must make the windows and call bound().");
-PyDoc_STRVAR(bound_doc, "bound($self, unit, ok=True)\n--\n\nThe windows are made, or could not be.");
-PyDoc_STRVAR(leave_doc, "leave($self, unit, /)\n--\n\n"
-	"Done with a unit; True when the caller must drop the windows and call unbound().");
+PyDoc_STRVAR(bound_doc,
+             "bound($self, unit, ok=True)\n--\n\nThe windows are made, or could not be.");
+PyDoc_STRVAR(leave_doc,
+             "leave($self, unit, /)\n--\n\n"
+             "Done with a unit; True when the caller must drop the windows and call unbound().");
 PyDoc_STRVAR(unbound_doc, "unbound($self, unit, /)\n--\n\nThe windows are gone.");
 PyDoc_STRVAR(set_windows_doc, "set_windows($self, unit, windows)\n--\n\n"
-	"What windows() returns: (block index, offset, dtype, shape) each.");
-PyDoc_STRVAR(windows_doc, "windows($self, unit, resident=None)\n--\n\n"
+                              "What windows() returns: (block index, offset, dtype, shape) each.");
+PyDoc_STRVAR(
+	windows_doc,
+	"windows($self, unit, resident=None)\n--\n\n"
 	"DLPack capsules, in the order of set_windows(), of all, resident or streamed blocks.");
 PyDoc_STRVAR(stats_doc, "stats($self, /)\n--\n\nCounters.");
 PyDoc_STRVAR(close_doc, "close($self, /)\n--\n\nLet all leases go; views keep their bytes.");

@@ -10,8 +10,7 @@
 PyTypeObject *py_ticket_type;
 
 struct py_ticket {
-	PyObject_HEAD
-	struct om_ticket *t;
+	PyObject_HEAD struct om_ticket *t;
 	struct py_core *core;
 };
 
@@ -64,16 +63,16 @@ PyObject *py_store_prefetch(PyObject *self, PyObject *const *args, Py_ssize_t na
 	if (!core || py_args("prefetch", args, nargs, kwnames, keywords, 1, 1, &list))
 		return NULL;
 	if (PyUnicode_Check(list)) {
-		PyErr_SetString(PyExc_TypeError, "prefetch() takes a sequence of names, not one str");
+		PyErr_SetString(PyExc_TypeError,
+		                "prefetch() takes a sequence of names, not one str");
 		return NULL;
 	}
 	tuple = PySequence_Tuple(list);
 	names = tuple ? name_array(tuple) : NULL;
 	if (names) {
-		Py_BEGIN_ALLOW_THREADS
-		code = om_store_prefetch(core->s, names, (size_t)PyTuple_Size(tuple), &t);
-		Py_END_ALLOW_THREADS
-		result = code ? py_raise(code) : py_ticket_new(core, t);
+		Py_BEGIN_ALLOW_THREADS code =
+			om_store_prefetch(core->s, names, (size_t)PyTuple_Size(tuple), &t);
+		Py_END_ALLOW_THREADS result = code ? py_raise(code) : py_ticket_new(core, t);
 	}
 	free(names);
 	Py_XDECREF(tuple);
@@ -122,10 +121,8 @@ static PyObject *ticket_cancel(PyObject *self, PyObject *Py_UNUSED(unused))
 {
 	struct py_ticket *o = (struct py_ticket *)self;
 
-	Py_BEGIN_ALLOW_THREADS
-	om_ticket_cancel(o->t);
-	Py_END_ALLOW_THREADS
-	return Py_NewRef(Py_None);
+	Py_BEGIN_ALLOW_THREADS om_ticket_cancel(o->t);
+	Py_END_ALLOW_THREADS return Py_NewRef(Py_None);
 }
 
 static PyObject *get_done(PyObject *self, void *Py_UNUSED(unused))
@@ -133,7 +130,9 @@ static PyObject *get_done(PyObject *self, void *Py_UNUSED(unused))
 	return PyBool_FromLong(om_ticket_done(((struct py_ticket *)self)->t));
 }
 
-PyDoc_STRVAR(wait_doc, "wait($self, timeout=None)\n--\n\n"
+PyDoc_STRVAR(
+	wait_doc,
+	"wait($self, timeout=None)\n--\n\n"
 	"True when all blocks are in memory, False at the deadline; raises what a move raised.");
 PyDoc_STRVAR(cancel_doc, "cancel($self, /)\n--\n\nDrop what is queued or in flight.");
 

@@ -12,8 +12,7 @@
 PyTypeObject *py_window_type;
 
 struct py_window {
-	PyObject_HEAD
-	struct om_lease *l; /* view reference */
+	PyObject_HEAD struct om_lease *l; /* view reference */
 	uint64_t offset, nbytes;
 	struct om_dl_type type;
 	int ndim;
@@ -67,10 +66,11 @@ int py_window_check(uint64_t block_nbytes, uint64_t offset, struct om_dl_type ty
 	}
 	if (!om_add_overflows(offset, extent, &end) && end <= block_nbytes)
 		return 0;
-	PyErr_Format(PyExc_ValueError,
-	             "window: %llu bytes from offset %llu on do not lie within the block's %llu bytes",
-	             (unsigned long long)extent, (unsigned long long)offset,
-	             (unsigned long long)block_nbytes);
+	PyErr_Format(
+		PyExc_ValueError,
+		"window: %llu bytes from offset %llu on do not lie within the block's %llu bytes",
+		(unsigned long long)extent, (unsigned long long)offset,
+		(unsigned long long)block_nbytes);
 	return -1;
 }
 
@@ -87,7 +87,8 @@ static int read_window(struct py_window *w, uint64_t block_nbytes, PyObject *con
 		if (py_dims(a[3], "strides", w->strides, &n))
 			return -1;
 		if (n != w->ndim) {
-			PyErr_Format(PyExc_ValueError, "window: %d strides for %d dimensions", n, w->ndim);
+			PyErr_Format(PyExc_ValueError, "window: %d strides for %d dimensions", n,
+			             w->ndim);
 			return -1;
 		}
 	}
@@ -293,8 +294,9 @@ static PyObject *window_repr(PyObject *self)
 	return text;
 }
 
-PyDoc_STRVAR(dlpack_doc, "__dlpack__($self, /, *, stream=None, max_version=None, "
-	"dl_device=None, copy=None)\n--\n\nA DLPack capsule that keeps the bytes.");
+PyDoc_STRVAR(dlpack_doc,
+             "__dlpack__($self, /, *, stream=None, max_version=None, "
+             "dl_device=None, copy=None)\n--\n\nA DLPack capsule that keeps the bytes.");
 
 static PyMethodDef window_methods[] = {
 	{ "__dlpack__", PY_FAST(window_dlpack), PY_FAST_FLAGS, dlpack_doc },
