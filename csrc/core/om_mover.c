@@ -35,6 +35,12 @@ struct mover {
 	struct om_io_req *back[MAX_DEPTH];
 };
 
+static void wake_locked(struct om_store *s)
+{
+	if (s->io)
+		om_io_wake(s->io);
+}
+
 /* ---- pages ahead of reads ---- */
 
 struct populate_job {
@@ -60,8 +66,11 @@ static void populate(struct om_job *job)
 		at += bytes;
 		/* Either the mover sees these pages, or this thread sees that it waits for them. */
 		__atomic_store_n(&seg->populated, at, __ATOMIC_SEQ_CST);
-		if (__atomic_load_n(&s->starved, __ATOMIC_SEQ_CST))
-			om_io_wake(s->io);
+		if (__atomic_load_n(&s->starved, __ATOMIC_SEQ_CST)) {
+			om_mutex_lock(&s->lock); /* at close the mover takes its back end away */
+			wake_locked(s);
+			om_mutex_unlock(&s->lock);
+		}
 	}
 	om_mutex_lock(&s->lock);
 	om_move_unref(p->move);
@@ -332,7 +341,7 @@ static void *mover_run(void *arg)
 
 		om_mutex_lock(&s->lock);
 		om_store_drain_locked(s);
-		while (mv.free && issue_next_locked(&mv))
+		while (!s->closing && mv.free && issue_next_locked(&mv))
 			;
 		if (s->closing && !mv.inflight) {
 			io = s->io;
@@ -388,8 +397,7 @@ void om_mover_stop(struct om_store *s)
 		return;
 	om_work_stop(&s->work); /* first: its jobs wake the back end */
 	om_mutex_lock(&s->lock);
-	if (s->io)
-		om_io_wake(s->io);
+	wake_locked(s);
 	om_mutex_unlock(&s->lock);
 	pthread_join(s->mover_thread, NULL);
 	s->mover_started = false;
@@ -401,7 +409,7 @@ void om_mover_queue_locked(struct om_store *s, struct om_move *m)
 	om_list_push_tail(&s->queue[m->priority], &m->link);
 	if (m->kind == OM_MOVE_FILL && !m->attempt)
 		populate_ahead(s, m);
-	om_io_wake(s->io);
+	wake_locked(s);
 }
 
 void om_mover_promote_locked(struct om_store *s, struct om_move *m)
@@ -412,6 +420,6 @@ void om_mover_promote_locked(struct om_store *s, struct om_move *m)
 	if (!om_list_empty(&m->link)) {
 		om_list_del(&m->link);
 		om_list_push_tail(&s->queue[OM_DEMAND], &m->link);
-		om_io_wake(s->io);
+		wake_locked(s);
 	}
 }
