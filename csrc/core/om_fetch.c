@@ -9,6 +9,7 @@
  */
 #include <assert.h>
 #include <errno.h>
+#include <stdio.h>
 
 #include "core/om_store_int.h"
 
@@ -19,20 +20,58 @@ static bool hash_wanted(const struct om_store *s, const struct om_block *b)
 	return !b->hash_known || s->verify == OM_VERIFY_ALWAYS || !b->verified;
 }
 
-int om_fetch_start_locked(struct om_store *s, struct om_block *b, enum om_move_priority priority)
+/* Bytes that extents may take beyond what the blocks need, so that cached segments can be used
+ * whole: what neither the group's limit nor the pool's will miss. */
+static uint64_t spare_bytes(const struct om_store *s, struct om_block *const *blocks, size_t count)
 {
-	struct om_extent mem;
-	struct om_move *m;
-	const struct om_group *g = b->group;
+	const struct om_group *g = blocks[0]->group;
+	uint64_t need = 0, room = om_pool_room(&s->pool);
+
+	for (size_t i = 0; i < count; i++)
+		if (blocks[i]->host == OM_COPY_NONE)
+			need += om_block_host_bytes(blocks[i]);
+	if (g->limit_bytes)
+		room = OM_MIN(room, g->limit_bytes - OM_MIN(g->limit_bytes, g->used_bytes));
+	return room - OM_MIN(room, need);
+}
+
+static int reserve_locked(struct om_store *s, struct om_block *b, uint64_t *spare,
+                          struct om_extent *ret)
+{
 	uint64_t bytes = om_block_host_bytes(b), most = 0;
 	int code;
 
-	if (g->streamed) /* segments of its own: the plan counts on exact sizes */
-		most = g->limit_bytes ? g->limit_bytes - OM_MIN(g->limit_bytes, g->used_bytes) : bytes;
-	code = om_pool_alloc(&s->pool, bytes, most, &mem);
+	if (b->group->streamed) /* segments of its own: the plan counts on exact sizes */
+		most = bytes + *spare;
+	else if (bytes > OM_POOL_SMALL)
+		most = bytes + OM_MIN(*spare, bytes / 4);
+	code = om_pool_alloc(&s->pool, bytes, most, ret);
+	if (!code)
+		*spare -= OM_MIN(*spare, ret->bytes - bytes);
+	return code;
+}
 
+int om_fetch_reserve_locked(struct om_store *s, struct om_block *b, struct om_extent *ret)
+{
+	uint64_t spare = spare_bytes(s, &b, 1);
+
+	return reserve_locked(s, b, &spare, ret);
+}
+
+static int start_one_locked(struct om_store *s, struct om_block *b, enum om_move_priority priority,
+                            uint64_t *spare)
+{
+	struct om_extent mem;
+	struct om_move *m;
+	int code;
+
+	if (s->closing)
+		return om_err(OM_ECLOSED, "the store is closed");
+	if (!b->named)
+		return om_err(OM_ENAME, "block '%s' was removed", b->name);
+	code = reserve_locked(s, b, spare, &mem);
 	if (code)
-		return code;
+		return code == OM_ELIMIT ? OM_EAGAIN : code;
 	om_block_fill_begin(b, mem);
 	code = om_move_create_fill(b, &s->disk, s->request_bytes, priority, &m);
 	if (code) {
@@ -47,6 +86,18 @@ int om_fetch_start_locked(struct om_store *s, struct om_block *b, enum om_move_p
 	s->moves++;
 	om_mover_queue_locked(s, m);
 	return 0;
+}
+
+int om_fetch_start_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
+                          enum om_move_priority priority)
+{
+	uint64_t spare = spare_bytes(s, blocks, count);
+	int code = 0;
+
+	for (size_t i = 0; i < count && !code; i++)
+		if (blocks[i]->host == OM_COPY_NONE)
+			code = start_one_locked(s, blocks[i], priority, &spare);
+	return code;
 }
 
 static void settle_locked(struct om_store *s, struct om_move *m)
@@ -77,6 +128,8 @@ static void land_spill_locked(struct om_store *s, struct om_move *m)
 	struct om_block *b = m->block;
 
 	if (m->error->code) {
+		s->spills_failed++;
+		s->spill_error = *m->error;
 		om_block_disk_drop(b, &s->disk);
 		if (b->host == OM_COPY_LEAVING)
 			om_block_leave_rescue(b);
@@ -291,10 +344,28 @@ static int survey_locked(struct om_store *s, struct om_block *const *blocks, siz
 	return code;
 }
 
+/* What survey_locked waits for besides room. */
+static int unsettled_error(struct om_block *const *blocks, size_t count)
+{
+	for (size_t i = 0; i < count; i++) {
+		const struct om_block *b = blocks[i];
+
+		if (!b->writer && b->host != OM_COPY_FILLING)
+			continue;
+		om_err(OM_EBUSY, "block '%s': %s at the deadline", b->name,
+		       b->writer ? "leased for writing" : "a canceled fill is still in flight");
+		snprintf(om_err_last()->holders, OM_ERROR_HOLDERS, "%s", b->name);
+		return OM_EBUSY;
+	}
+	return 0;
+}
+
 /* Make each block VALID, FILLING or LEAVING, with the lock held since it was last seen so. */
 static int summon_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
                          uint64_t deadline_ns)
 {
+	unsigned failed = s->spills_failed;
+
 	for (;;) {
 		uint64_t need;
 		int code = survey_locked(s, blocks, count, &need);
@@ -303,15 +374,14 @@ static int summon_locked(struct om_store *s, struct om_block *const *blocks, siz
 			return 0;
 		if (!code)
 			code = om_room_make_locked(s, blocks[0]->group, need, true, blocks, count);
-		for (size_t i = 0; i < count && !code; i++)
-			if (blocks[i]->host == OM_COPY_NONE)
-				code = om_fetch_start_locked(s, blocks[i], OM_DEMAND);
 		if (!code)
-			return 0;
+			code = om_fetch_start_locked(s, blocks, count, OM_DEMAND);
+		code = om_room_verdict_locked(s, code, failed);
 		if (code != OM_EAGAIN && code != OM_EBUSY)
 			return code;
 		if (om_now() >= deadline_ns) {
-			om_room_busy_error(s, blocks[0]->group, need);
+			if (need || !unsettled_error(blocks, count))
+				om_room_busy_error(s, blocks[0]->group, need);
 			return OM_EBUSY;
 		}
 		om_store_wait_locked(s, deadline_ns);

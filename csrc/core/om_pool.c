@@ -154,11 +154,16 @@ static void segment_cut(struct om_pool *p, struct om_segment *s, uint64_t bytes)
 	s->arena = NULL;
 }
 
-static bool limit_fits(const struct om_pool *p, uint64_t bytes)
+uint64_t om_pool_room(const struct om_pool *p)
 {
 	uint64_t live = p->mapped_bytes - p->cached_bytes;
 
-	return live <= p->limit_bytes && bytes <= p->limit_bytes - live;
+	return live < p->limit_bytes ? p->limit_bytes - live : 0;
+}
+
+static bool limit_fits(const struct om_pool *p, uint64_t bytes)
+{
+	return bytes <= om_pool_room(p);
 }
 
 /* As limit_fits, without touching the cache. */

@@ -67,6 +67,8 @@ int om_pool_alloc(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_ex
  * segment that turns empty is cached, or unmapped while mapped > limit; if someone still holds a reference to it, it is not used
  * again and leaves the pool, and the last unref unmaps it. */
 void om_pool_free(struct om_pool *p, struct om_extent *e);
+/* Bytes of the limit that no live segment takes. */
+uint64_t om_pool_room(const struct om_pool *p);
 /* Could om_pool_alloc succeed now, as far as the limit goes? */
 bool om_pool_fits(const struct om_pool *p, uint64_t bytes);
 /* Unmap cached segments that have been idle since before `freed_before_ns` (UINT64_MAX: all).

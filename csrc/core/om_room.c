@@ -175,12 +175,16 @@ static int spill_locked(struct om_store *s, struct om_block *b)
 	if (b->move) /* rescued while it was being written: the write goes on, with the same bytes */
 		return 0;
 	b->holds++;
+	s->inside++;
 	om_mutex_unlock(&s->lock);
 	hash = XXH3_64bits(b->data, b->nbytes);
 	om_mutex_lock(&s->lock);
 	if (b->host == OM_COPY_LEAVING && b->named)
 		code = disk_reserve_locked(s, b, om_up(OM_MAX(b->nbytes + head, 1), OM_PAGE));
 	b->holds--;
+	s->inside--;
+	if (!code && s->closing)
+		code = om_err(OM_ECLOSED, "the store is closed");
 	if (b->host != OM_COPY_LEAVING || !b->named || code) { /* rescued, removed, or no room */
 		om_disk_free(&s->disk, &b->disk_copy);
 		if (b->host == OM_COPY_LEAVING)
@@ -251,13 +255,24 @@ int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, 
 	}
 }
 
+int om_room_verdict_locked(struct om_store *s, int code, unsigned failed_before)
+{
+	if ((code == OM_EAGAIN || code == OM_EBUSY) &&
+	    s->spills_failed - failed_before >= OM_SPILL_TRIES)
+		return om_err_set(&s->spill_error);
+	return code;
+}
+
 int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
                         uint64_t deadline_ns, struct om_block *const *keep, size_t keep_count)
 {
+	unsigned failed = s->spills_failed;
+
 	for (;;) {
 		int code = s->closing ? om_err(OM_ECLOSED, "the store is closed")
 		                      : om_room_make_locked(s, g, bytes, true, keep, keep_count);
 
+		code = om_room_verdict_locked(s, code, failed);
 		if (code != OM_EAGAIN && code != OM_EBUSY)
 			return code;
 		if (om_now() >= deadline_ns) {

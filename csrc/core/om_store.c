@@ -172,7 +172,7 @@ int om_store_close(struct om_store *s)
 	om_mover_stop(s);
 	om_mutex_lock(&s->lock);
 	cancel_moves_locked(s);
-	while (s->moves || s->waiters || s->adding) { /* others see `closing` and leave */
+	while (s->moves || s->waiters || s->adding || s->inside) { /* others see `closing` and leave */
 		om_cond_broadcast(&s->changed);
 		om_cond_wait(&s->changed, &s->lock, om_now() + WAIT_SLICE);
 		cancel_moves_locked(s);
@@ -370,23 +370,34 @@ static int become_sole_locked(struct om_store *s, struct om_block *b)
 	return 0;
 }
 
-static int wait_alone_locked(struct om_store *s, struct om_block *b, uint64_t deadline_ns)
+static int alone_error(const struct om_block *b)
 {
-	while (b->leases > 1 || b->move || b->writer || b->holds) {
-		if (s->closing)
-			return om_err(OM_ECLOSED, "the store is closed");
-		if (om_now() >= deadline_ns) {
-			om_err(OM_EBUSY,
-			       "block '%s' cannot be leased for writing: %u other leases or views hold it at the "
-			       "deadline",
-			       b->name, b->leases - 1);
-			snprintf(om_err_last()->holders, OM_ERROR_HOLDERS, "%s (%u leases, %u views)", b->name,
-			         b->leases - 1, __atomic_load_n(&b->views, __ATOMIC_RELAXED));
-			return OM_EBUSY;
-		}
-		om_store_wait_locked(s, deadline_ns);
+	om_err(OM_EBUSY,
+	       "block '%s' cannot be leased for writing: %u other leases or views hold it at the deadline",
+	       b->name, b->leases);
+	snprintf(om_err_last()->holders, OM_ERROR_HOLDERS, "%s (%u leases, %u views)", b->name,
+	         b->leases, __atomic_load_n(&b->views, __ATOMIC_RELAXED));
+	return OM_EBUSY;
+}
+
+/* Lease the block when nobody else holds it. No lease is kept while waiting: two writers that wait
+ * for each other's lease to go would wait for ever. */
+static int lease_alone_locked(struct om_store *s, struct om_block *b, uint64_t deadline_ns)
+{
+	for (;;) {
+		int code = om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
+
+		if (code || (b->leases == 1 && !b->move && !b->holds))
+			return code;
+		om_fetch_unlease_locked(s, b);
+		do {
+			if (s->closing)
+				return om_err(OM_ECLOSED, "the store is closed");
+			if (om_now() >= deadline_ns)
+				return alone_error(b);
+			om_store_wait_locked(s, deadline_ns);
+		} while (b->leases || b->holds);
 	}
-	return 0;
 }
 
 int om_store_lease(struct om_store *s, const char *name, bool write, uint64_t deadline_ns,
@@ -401,11 +412,10 @@ int om_store_lease(struct om_store *s, const char *name, bool write, uint64_t de
 	if (!b)
 		return leave(s, OM_ENAME);
 	om_block_ref(b);
-	code = om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
+	code = write ? lease_alone_locked(s, b, deadline_ns)
+	             : om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
 	if (!code) {
 		if (write)
-			code = wait_alone_locked(s, b, deadline_ns);
-		if (!code && write)
 			code = become_sole_locked(s, b);
 		if (!code && !(*ret = om_lease_make_locked(s, b, write))) {
 			code = -ENOMEM;
@@ -529,7 +539,7 @@ static int reserve_new_locked(struct om_store *s, struct om_block *b, uint64_t d
 	uint64_t bytes = om_block_host_bytes(b);
 	int code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
 
-	return code ? code : om_pool_alloc(&s->pool, bytes, 0, ret);
+	return code ? code : om_fetch_reserve_locked(s, b, ret);
 }
 
 static int add_bytes_locked(struct om_store *s, struct om_block *b, const void *data,
@@ -560,8 +570,13 @@ static int add_bytes_locked(struct om_store *s, struct om_block *b, const void *
 static int adopt_bytes_locked(struct om_store *s, struct om_block *b, struct om_foreign *foreign,
                               uint64_t deadline_ns)
 {
-	int code = om_room_wait_locked(s, b->group, om_block_host_bytes(b), deadline_ns, NULL, 0);
+	uint64_t bytes = om_block_host_bytes(b);
+	int code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
 
+	/* A hole in a shared segment is no room for memory from elsewhere. */
+	if (!code && om_pool_room(&s->pool) < bytes)
+		code = om_room_wait_locked(s, b->group, OM_MAX(bytes, OM_POOL_SMALL + OM_PAGE),
+		                           deadline_ns, NULL, 0);
 	if (!code)
 		code = name_block_locked(s, b);
 	if (!code) {

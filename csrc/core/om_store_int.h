@@ -29,6 +29,7 @@ struct om_store {
 	unsigned refs;  /* atomic: of this memory: one for all users, and each lease */
 	unsigned users; /* atomic: of the store, less one */
 	unsigned adding;
+	unsigned inside; /* threads that gave up the lock in the middle of a spill: close waits */
 	uint64_t exported_bytes; /* atomic */
 	unsigned fork_generation;
 	struct om_mutex lock;
@@ -57,6 +58,8 @@ struct om_store {
 	struct om_io *io;
 	struct om_list queue[OM_PRIORITIES];
 	unsigned moves; /* queued or in flight */
+	unsigned spills_failed;
+	struct om_error spill_error; /* of the last one */
 	bool starved;   /* the mover waits for pages */
 	struct om_work work;
 
@@ -79,6 +82,7 @@ int om_store_open_file(struct om_store *s, const char *path, struct om_file **re
 void om_store_reap_locked(struct om_store *s, struct om_block *b);
 
 /* om_room.c */
+#define OM_SPILL_TRIES 4 /* failed writes that a thread waiting for room puts up with */
 /* Can `bytes` more be had in `g` now? Drops clean idle copies for it, never waits. 0; OM_EAGAIN: something
  * is on its way out; OM_EBUSY: only leased copies are left; OM_ELIMIT: never. With `spill`, dirty idle
  * copies are sent out as well (the lock is given up meanwhile: look everything up again). */
@@ -91,14 +95,21 @@ int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
 int om_room_evict_locked(struct om_store *s, struct om_block *b, uint64_t deadline_ns);
 /* Cancel a fill that nobody leases: at once when nothing is in flight. */
 void om_fetch_cancel_locked(struct om_store *s, struct om_block *b);
+/* Why there is no room yet: `code` of om_room_make_locked, or, when writing victims out has failed too
+ * often since `failed_before` (s->spills_failed), that error. */
+int om_room_verdict_locked(struct om_store *s, int code, unsigned failed_before);
 void om_room_busy_error(struct om_store *s, struct om_group *g, uint64_t bytes);
 /* May a block of `bytes` without an origin be accepted? */
 int om_room_admit_locked(struct om_store *s, const char *name, uint64_t bytes);
 void om_room_unadmit_locked(struct om_store *s, uint64_t bytes);
 
 /* om_fetch.c */
-/* Reserve memory (there is room) and queue a fill of a block whose HOST is NONE. */
-int om_fetch_start_locked(struct om_store *s, struct om_block *b, enum om_move_priority priority);
+/* Memory for a block's HOST bytes; there is room. */
+int om_fetch_reserve_locked(struct om_store *s, struct om_block *b, struct om_extent *ret);
+/* Reserve memory (there is room for all) and queue fills of those whose HOST is NONE. OM_EAGAIN: the
+ * room was not enough (pages lost in shared segments); some may have started: make room again. */
+int om_fetch_start_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
+                          enum om_move_priority priority);
 /* Lease all blocks or none, their bytes in HOST and proven. May give up the lock. */
 int om_fetch_lease_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
                           uint64_t deadline_ns, uint64_t *ret_stall_ns);

@@ -113,11 +113,10 @@ int om_stream_create(struct om_store *s, const char *group, const struct om_stre
 }
 
 static int lease_unit_locked(struct om_stream *st, struct unit *u, size_t first, size_t count,
-                             uint64_t deadline_ns)
+                             uint64_t deadline_ns, uint64_t *ret_stall_ns)
 {
 	struct om_store *s = st->store;
-	int code = count ? om_fetch_lease_locked(s, u->blocks + first, count, deadline_ns,
-	                                         &st->stats.stall_ns)
+	int code = count ? om_fetch_lease_locked(s, u->blocks + first, count, deadline_ns, ret_stall_ns)
 	                 : 0;
 
 	for (size_t i = first; i < first + count && !code; i++) {
@@ -152,7 +151,7 @@ int om_stream_load(struct om_stream *st, uint64_t deadline_ns)
 			if (b->host != OM_COPY_NONE)
 				continue;
 			code = om_room_make_locked(s, st->group, om_block_host_bytes(b), false, NULL, 0);
-			code = code ? code : om_fetch_start_locked(s, b, OM_DEMAND);
+			code = code ? code : om_fetch_start_locked(s, &b, 1, OM_DEMAND);
 		}
 	}
 	if (code == OM_EAGAIN || code == OM_EBUSY)
@@ -162,7 +161,7 @@ int om_stream_load(struct om_stream *st, uint64_t deadline_ns)
 
 		for (size_t k = u->streamed_count; k < u->count && !code; k++)
 			if (!u->leases[k])
-				code = lease_unit_locked(st, u, k, 1, deadline_ns);
+				code = lease_unit_locked(st, u, k, 1, deadline_ns, NULL);
 	}
 	om_mutex_unlock(&s->lock);
 	return code;
@@ -251,10 +250,8 @@ static void fetch_ahead_locked(struct om_stream *st)
 		while (!room_now(st, bytes))
 			if (!drop_strays_locked(st, foretold))
 				return;
-		for (size_t i = 0; i < u->streamed_count; i++)
-			if (u->blocks[i]->host == OM_COPY_NONE &&
-			    om_fetch_start_locked(st->store, u->blocks[i], OM_PREFETCH))
-				return; /* it will be fetched when it is needed */
+		if (om_fetch_start_locked(st->store, u->blocks, u->streamed_count, OM_PREFETCH))
+			return; /* it will be fetched when it is needed */
 	}
 }
 
@@ -271,7 +268,7 @@ int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, boo
 {
 	struct om_store *s = st->store;
 	struct unit *u;
-	uint64_t stall = st->stats.stall_ns;
+	uint64_t stall = 0;
 	int code = check_unit(st, unit);
 
 	if (code || (code = om_store_enter(s)))
@@ -288,15 +285,16 @@ int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, boo
 	*ret_bind = u->state == IDLE;
 	if (!code && *ret_bind) {
 		u->state = BINDING;
-		code = lease_unit_locked(st, u, 0, u->streamed_count, deadline_ns);
+		code = lease_unit_locked(st, u, 0, u->streamed_count, deadline_ns, &stall);
+		st->stats.stall_ns += stall;
 		if (code)
 			u->state = IDLE;
 	}
 	if (!code) {
 		u->users++;
-		st->stats.enters++;
-		st->stats.hits += *ret_bind && stall == st->stats.stall_ns;
 		if (u->streamed_count) {
+			st->stats.enters++;
+			st->stats.hits += !stall;
 			st->stats.mispredicted += !om_pattern_record(&st->pattern, (uint32_t)unit);
 			fetch_ahead_locked(st);
 		}

@@ -63,7 +63,7 @@ static void look_locked(struct om_ticket *t, struct item *it)
 		int code = om_room_make_locked(s, b->group, om_block_host_bytes(b), false, NULL, 0);
 
 		if (!code)
-			code = om_fetch_start_locked(s, b, OM_PREFETCH);
+			code = om_fetch_start_locked(s, &b, 1, OM_PREFETCH);
 		if (code && code != OM_EAGAIN && code != OM_EBUSY)
 			settle_item_locked(t, it, code);
 	}
