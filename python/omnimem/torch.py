@@ -8,6 +8,7 @@ reads stale bytes unseen. Parameters keep their identity, `forward` is not repla
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
@@ -25,6 +26,7 @@ from torch.utils.dlpack import from_dlpack
 from omnimem import _core, checkpoint
 from omnimem._units import unit_names
 from omnimem.config import StoreConfig, format_size, parse_size
+from omnimem.errors import FormatError
 from omnimem.plan import Plan, Tensor, make_plan
 from omnimem.store import Store
 
@@ -94,7 +96,7 @@ def load(
         )
         lacking = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
         if lacking or found["error_msgs"]:
-            raise checkpoint.FormatError(
+            raise FormatError(
                 f"{folder}: the checkpoint does not hold the model {names[0]}: "
                 f"{', '.join(lacking[:5]) or found['error_msgs'][0]}"
                 f"{f' and {len(lacking) - 5} more' if len(lacking) > 5 else ''}"
@@ -103,7 +105,8 @@ def load(
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         model.eval()
         _attach(model, files, folder, nbytes, store, verify, io_backend, timeout)
-    return model
+    built: nn.Module = model
+    return built
 
 
 def attach(
@@ -279,17 +282,20 @@ class Streamed:
             apply = module._apply
             module._apply = partial(self._convert, apply)  # type: ignore[method-assign]
             self._patched.append(module)
-            self._handles.append(module.register_state_dict_pre_hook(self._refuse_state))
-            self._handles.append(module.register_load_state_dict_pre_hook(self._refuse_state))
+            for register in (
+                module.register_state_dict_pre_hook,
+                module.register_load_state_dict_pre_hook,
+            ):
+                self._handles.append(register(self._refuse_state))  # type: ignore[no-untyped-call]
 
     # -- hooks
 
     def _held(self) -> list[int]:
-        try:
-            return self._local.held
-        except AttributeError:
-            self._local.held = []
-            return self._local.held
+        """Units that this thread has entered, the innermost last."""
+        held: list[int] | None = getattr(self._local, "held", None)
+        if held is None:
+            held = self._local.held = []
+        return held
 
     def _enter(self, unit: int, module: nn.Module, args: Any) -> None:
         held = self._held()
@@ -384,17 +390,16 @@ class Streamed:
     def plan(self) -> Plan:
         """What stays, what streams, and the seconds that a decode pass should take.
 
-        `seconds_per_pass` is the larger of the compute time of the last pass and the bytes of a
-        decode pass at the measured rate of reading; None before the first pass.
+        `seconds_per_pass` is the larger of two times: reading the bytes of a decode pass at the
+        rate measured so far (loading the residents counts), and the compute time of the last pass
+        (0 before the first one). None when nothing was read yet.
         """
-        from dataclasses import replace
-
-        if not self._passes:
-            return self._plan
         rate = self.stats()["read_bytes_per_second"]
-        reading = self._plan.stream_bytes / rate if rate else 0.0
+        if not rate:
+            return self._plan
         compute = max(self._pass_seconds - self._pass_stall, 0.0)
-        return replace(self._plan, seconds_per_pass=max(compute, reading))
+        reading = self._plan.stream_bytes / rate
+        return dataclasses.replace(self._plan, seconds_per_pass=max(compute, reading))
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start.
@@ -520,19 +525,17 @@ def _refuse_experts(files: checkpoint.Checkpoint, folder: Path) -> None:
         )
 
 
-def _check_fit(
-    params: dict[str, nn.Parameter], files: checkpoint.Checkpoint, folder: Path
-) -> None:
+def _check_fit(params: dict[str, nn.Parameter], files: checkpoint.Checkpoint, folder: Path) -> None:
     lacking = [name for name in params if name not in files]
     if lacking:
-        raise checkpoint.FormatError(
+        raise FormatError(
             f"{folder}: the checkpoint lacks {len(lacking)} parameters of the model: "
             f"{', '.join(lacking[:5])}"
         )
     for name, param in params.items():
         info = files.info(name)
         if tuple(info.shape) != tuple(param.shape):
-            raise checkpoint.FormatError(
+            raise FormatError(
                 f"{folder}: {name} has shape {tuple(info.shape)} in the checkpoint and "
                 f"{tuple(param.shape)} in the model"
             )

@@ -34,7 +34,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         model_class = getattr(transformers, config.architectures[0])
         model = model_class.from_pretrained(job["model_dir"], dtype="auto").eval()
     else:
-        from omnimem import torch as omnimem_torch
+        import omnimem.torch as omnimem_torch
 
         model = omnimem_torch.load(job["model_dir"], job["budget"])
     load_seconds = time.perf_counter() - started

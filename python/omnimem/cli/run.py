@@ -54,13 +54,13 @@ def run_command(
     if image is not None and not image.is_file():
         raise FileNotFoundError(f"{image}: no such picture")
     quiet_libraries()
-    from omnimem import torch as omnimem_torch
+    import omnimem.torch as omnimem_torch
     from omnimem.cli._generate import generate
     from omnimem.processor import load_tokenizer, prepare
 
     tokenizer = load_tokenizer(model_dir)
     inputs = prepare(model_dir, prompt, image, tokenizer=tokenizer)
-    model = omnimem_torch.load(model_dir, budget_bytes, verify=verify, io_backend=io_backend)
+    model: Any = omnimem_torch.load(model_dir, budget_bytes, verify=verify, io_backend=io_backend)
     try:
         writer = _TextWriter(tokenizer)
         made = generate(model, inputs, max_new_tokens, on_tokens=writer.update)
