@@ -16,11 +16,12 @@ int om_pattern_init(struct om_pattern *p, size_t ids)
 		om_pattern_fini(p);
 		return -ENOMEM;
 	}
+	/* Two rounds, of which `last` knows the first: the last id is followed by the first one. */
 	for (size_t i = 0; i < ids; i++) {
-		p->past[i] = (uint32_t)i;
+		p->past[i] = p->past[ids + i] = (uint32_t)i;
 		p->last[i] = i + 1;
 	}
-	p->head = ids;
+	p->head = 2 * ids;
 	return 0;
 }
 
