@@ -1,0 +1,143 @@
+/* Making room: exact limits, adopted memory, a disk that cannot be written, what keeps it from moving. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "om_test.h"
+#include "omnimem.h"
+
+#define SOON om_deadline(20 * OM_NSEC)
+
+static char dir[] = "/var/tmp/omnimem-test-XXXXXX";
+static uint8_t data[1 << 20];
+static int backend;
+
+static struct om_store *open_store(uint64_t host, uint64_t disk)
+{
+	struct om_store_config c = {
+	    .host_limit_bytes = host, .disk_limit_bytes = disk, .directory = dir, .backend = backend};
+	struct om_store *s;
+
+	CHECK_EQ(om_store_create(&c, &s), 0);
+	return s;
+}
+
+static void add(struct om_store *s, const char *name, const char *group, uint64_t nbytes)
+{
+	CHECK_EQ(om_store_add(s, name, group, data, nbytes, NULL, SOON), 0);
+	CHECK_EQ(om_store_check(s), 0);
+}
+
+static void nothing(void *context)
+{
+	(void)context;
+}
+
+/* A hole in a shared segment is no room for memory that somebody else has mapped. */
+static void adopted_memory_counts(void)
+{
+	static uint8_t mine[100000];
+	struct om_store *s = open_store(2 << 20, 32 << 20);
+	struct om_lease *l;
+
+	add(s, "small", NULL, 4096); /* maps a segment of 2 MiB */
+	CHECK_EQ(om_store_take(s, "mine", NULL, mine, sizeof(mine), NULL, nothing, NULL, SOON), 0);
+	CHECK_EQ(om_store_check(s), 0);
+	CHECK_EQ(om_store_lease(s, "small", false, SOON, &l), 0);
+	CHECK(memcmp(om_lease_data(l), data, 4096) == 0);
+	om_lease_unref(l);
+	om_store_unref(s);
+	om_store_collect(NULL);
+}
+
+/* A cached segment that is larger than the block must not carry its group over the limit. */
+static void groups_stay_exact(void)
+{
+	struct om_store *s = open_store(8 << 20, 32 << 20);
+
+	add(s, "large", NULL, 900000);
+	CHECK_EQ(om_store_remove(s, "large"), 0); /* its segment is kept for the next */
+	CHECK_EQ(om_store_group(s, "tight", om_up(800000, OM_PAGE)), 0);
+	add(s, "a", "tight", 800000);
+	add(s, "b", "tight", 800000);
+	om_store_unref(s);
+}
+
+/* Who waits for room hears why there is none, long before the deadline. */
+static void writes_that_fail_are_told(void)
+{
+	struct om_store *s = open_store(2 << 20, 32 << 20);
+	struct om_lease *l;
+	int code;
+
+	add(s, "a", NULL, 900000);
+	add(s, "b", NULL, 900000);
+	om_fault_arm(OM_FAULT_WRITE, 1, true);
+	code = om_store_add(s, "c", NULL, data, 900000, NULL, UINT64_MAX);
+	CHECK_EQ(code, -EIO);
+	CHECK(strstr(om_err_last()->text, "'a'") || strstr(om_err_last()->text, "'b'"));
+	CHECK_EQ(om_store_check(s), 0);
+	CHECK_EQ(om_store_evict(s, "a", SOON), -EIO);
+	om_fault_reset();
+	CHECK(!om_store_contains(s, "c"));
+	add(s, "c", NULL, 900000);
+	for (int i = 0; i < 3; i++) {
+		CHECK_EQ(om_store_lease(s, (const char *[]){"a", "b", "c"}[i], false, SOON, &l), 0);
+		CHECK(memcmp(om_lease_data(l), data, 900000) == 0);
+		om_lease_unref(l);
+	}
+	om_store_unref(s);
+}
+
+static void another_victim_is_tried(void)
+{
+	struct om_store *s = open_store(2 << 20, 32 << 20);
+
+	add(s, "a", NULL, 900000);
+	add(s, "b", NULL, 900000);
+	om_fault_arm(OM_FAULT_WRITE, 1, false);
+	add(s, "c", NULL, 900000);
+	CHECK_EQ(om_fault_fired(OM_FAULT_WRITE), 1);
+	om_fault_reset();
+	om_store_unref(s);
+}
+
+static void leased_blocks_are_named(void)
+{
+	struct om_store *s = open_store(2 << 20, 32 << 20);
+	struct om_lease *a, *b;
+
+	add(s, "a", NULL, 900000);
+	add(s, "b", NULL, 900000);
+	CHECK_EQ(om_store_lease(s, "a", false, SOON, &a), 0);
+	CHECK_EQ(om_store_lease(s, "b", false, SOON, &b), 0);
+	CHECK_EQ(om_store_add(s, "c", NULL, data, 900000, NULL, om_deadline(OM_NSEC / 100)), OM_EBUSY);
+	CHECK(!strcmp(om_err_last()->holders, "a (1 leases, 0 views)\nb (1 leases, 0 views)"));
+	CHECK_EQ(om_store_evict(s, "a", SOON), 0);
+	om_lease_unref(a);
+	add(s, "c", NULL, 900000);
+	om_lease_unref(b);
+	CHECK_EQ(om_store_add(s, "d", NULL, data, 3 << 20, NULL, SOON), OM_ELIMIT);
+	CHECK(!strcmp(om_err_last()->which, "host"));
+	om_store_unref(s);
+}
+
+int main(void)
+{
+	const char *io = getenv("OMNIMEM_IO");
+
+	alarm(100);
+	backend = io && !strcmp(io, "threads") ? 2 : io && !strcmp(io, "uring") ? 1 : 0;
+	for (size_t i = 0; i < sizeof(data); i++)
+		data[i] = (uint8_t)(i * 2654435761u >> 13);
+	CHECK(mkdtemp(dir));
+	adopted_memory_counts();
+	groups_stay_exact();
+	writes_that_fail_are_told();
+	another_victim_is_tried();
+	leased_blocks_are_named();
+	CHECK(rmdir(dir) == 0);
+	return 0;
+}
