@@ -427,6 +427,35 @@ static void close_under_workers(void)
 	}
 }
 
+static void *evict_big(void *arg)
+{
+	int code = om_store_evict(arg, "big", SOON);
+
+	CHECK(code >= 0 || code == OM_ECLOSED);
+	return NULL;
+}
+
+/* A thread hashes what it is about to write out: the bytes stay until it is done. */
+static void close_under_a_spill(void)
+{
+	uint64_t bytes = 48 << 20;
+	uint8_t *data = calloc(1, bytes);
+
+	CHECK(data);
+	for (unsigned round = 0; round < 4; round++) {
+		struct om_store *s = open_store(64 << 20, 256 << 20);
+		pthread_t thread;
+
+		CHECK_EQ(om_store_add(s, "big", NULL, data, bytes, NULL, SOON), 0);
+		CHECK(pthread_create(&thread, NULL, evict_big, s) == 0);
+		usleep(500 + 1500 * round);
+		CHECK_EQ(om_store_close(s), 0);
+		pthread_join(thread, NULL);
+		om_store_unref(s);
+	}
+	free(data);
+}
+
 /* ---- fork ---- */
 
 static int child_of(struct om_store *s, struct om_lease *held)
@@ -485,6 +514,7 @@ int main(void)
 	cancels_harm_nobody();
 	close_under_waiters();
 	close_under_workers();
+	close_under_a_spill();
 	fork_while_threads_run();
 	for (int t = 0; t < THREADS; t++)
 		free(workers[t].words);
