@@ -295,8 +295,8 @@ static void *tell(void *arg)
 	struct meeting *m = arg;
 
 	pthread_sigmask(SIG_BLOCK, NULL, &m->blocked);
+	om_mutex_lock(&m->mutex); /* held by the starter until the thread has its name */
 	pthread_getname_np(pthread_self(), m->name, sizeof(m->name));
-	om_mutex_lock(&m->mutex);
 	m->told = true;
 	om_cond_broadcast(&m->cond);
 	om_mutex_unlock(&m->mutex);
