@@ -82,8 +82,7 @@ struct om_file_range {
 /* The block's bytes are these ranges, in order; read in place, on demand. The files are opened and
  * their identity is taken now. */
 int om_store_add_file(struct om_store *s, const char *name, const char *group,
-                      const struct om_file_range *ranges, size_t count,
-                      const struct om_desc *desc);
+                      const struct om_file_range *ranges, size_t count, const struct om_desc *desc);
 /* The name is free now; the bytes go with the last lease. OM_ENAME when unknown. */
 int om_store_remove(struct om_store *s, const char *name);
 /* 1: no longer in HOST; 0: leased, still there; negative: error (the bytes are still in HOST). */
@@ -96,7 +95,7 @@ void om_names_free(char **names, size_t count);
 enum om_tier_bit { OM_TIER_HOST = 1, OM_TIER_DISK = 2 };
 struct om_info {
 	uint64_t nbytes;
-	unsigned tiers;   /* enum om_tier_bit: VALID copies */
+	unsigned tiers; /* enum om_tier_bit: VALID copies */
 	unsigned leases;
 	bool has_origin;
 	char origin[512]; /* path of the first range */
@@ -108,7 +107,7 @@ struct om_info {
 int om_store_info(struct om_store *s, const char *name, struct om_info *ret);
 
 struct om_tier_stats {
-	uint64_t used_bytes;  /* extents of copies */
+	uint64_t used_bytes; /* extents of copies */
 	uint64_t peak_bytes;
 	uint64_t limit_bytes;
 	uint64_t mapped_bytes; /* HOST: segments, cached ones included; DISK: the file's size */
@@ -117,12 +116,13 @@ struct om_stats {
 	struct om_tier_stats host, disk;
 	uint64_t exported_bytes; /* of blocks with a live view (buffer, DLPack) */
 	uint64_t blocks, leases;
-	uint64_t hits, misses;   /* leases that found the bytes in HOST, or did not */
+	uint64_t hits, misses;         /* leases that found the bytes in HOST, or did not */
 	uint64_t fills, drops, writes; /* copies brought in, dropped for free, written to DISK */
 	uint64_t read_bytes, written_bytes; /* of device I/O, supersets included */
-	uint64_t read_busy_ns;   /* with at least one read in flight */
-	uint64_t stall_ns;       /* threads waited for bytes */
-	uint64_t prefetches, prefetch_hits, prefetch_waste; /* speculation: issued, used, dropped unused */
+	uint64_t read_busy_ns;              /* with at least one read in flight */
+	uint64_t stall_ns;                  /* threads waited for bytes */
+	/* speculation: issued, used, dropped unused */
+	uint64_t prefetches, prefetch_hits, prefetch_waste;
 	uint64_t verified_bytes, rereads, corrupt;
 	uint64_t io_errors;
 	char io_backend[16], io_reason[256];

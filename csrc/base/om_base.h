@@ -11,18 +11,18 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define OM_KIB (UINT64_C(1) << 10)
-#define OM_MIB (UINT64_C(1) << 20)
-#define OM_GIB (UINT64_C(1) << 30)
-#define OM_PAGE UINT64_C(4096)          /* unit of every extent that I/O touches */
+#define OM_KIB  (UINT64_C(1) << 10)
+#define OM_MIB  (UINT64_C(1) << 20)
+#define OM_GIB  (UINT64_C(1) << 30)
+#define OM_PAGE UINT64_C(4096) /* unit of every extent that I/O touches */
 #define OM_HUGE (UINT64_C(2) * OM_MIB)
 #define OM_NSEC UINT64_C(1000000000)
 
-#define om_likely(x) __builtin_expect(!!(x), 1)
-#define om_unlikely(x) __builtin_expect(!!(x), 0)
+#define om_likely(x)                       __builtin_expect(!!(x), 1)
+#define om_unlikely(x)                     __builtin_expect(!!(x), 0)
 #define om_container_of(ptr, type, member) ((type *)((char *)(ptr)-offsetof(type, member)))
-#define OM_MIN(a, b) ((a) < (b) ? (a) : (b))
-#define OM_MAX(a, b) ((a) > (b) ? (a) : (b))
+#define OM_MIN(a, b)                       ((a) < (b) ? (a) : (b))
+#define OM_MAX(a, b)                       ((a) > (b) ? (a) : (b))
 
 /* Round to a power of two; the caller has checked that up() cannot overflow. */
 static inline uint64_t om_down(uint64_t x, uint64_t pow2)
@@ -78,7 +78,8 @@ extern int om_fault_armed;
 /* True when this pass of `point` must fail. */
 static inline bool om_fault(enum om_fault point)
 {
-	return om_unlikely(__atomic_load_n(&om_fault_armed, __ATOMIC_RELAXED)) && om_fault_slow(point);
+	return om_unlikely(__atomic_load_n(&om_fault_armed, __ATOMIC_RELAXED)) &&
+	       om_fault_slow(point);
 }
 
 /* Counts forks: 0 in the process that loaded us, one more in each child. A store remembers the

@@ -48,7 +48,9 @@ void om_err_limit(const char *which, uint64_t need, uint64_t used, uint64_t limi
 
 const char *om_err_text(int code)
 {
-#define OM_ERROR_CASE(sym, value, text, pyclass) case sym: return text;
+#define OM_ERROR_CASE(sym, value, text, pyclass) \
+	case sym:                                \
+		return text;
 	switch (code) {
 		OM_ERROR_TABLE(OM_ERROR_CASE)
 	}
@@ -58,7 +60,9 @@ const char *om_err_text(int code)
 
 const char *om_err_class(int code)
 {
-#define OM_ERROR_CASE(sym, value, text, pyclass) case sym: return pyclass;
+#define OM_ERROR_CASE(sym, value, text, pyclass) \
+	case sym:                                \
+		return pyclass;
 	switch (code) {
 		OM_ERROR_TABLE(OM_ERROR_CASE)
 	case -ENOSPC:

@@ -13,34 +13,34 @@
 #include <stdint.h>
 
 /* X(symbol, code, text, Python class) */
-#define OM_ERROR_TABLE(X)                                            \
-	X(OM_ELIMIT, -4096, "a byte limit is reached", "LimitError")      \
-	X(OM_EDISKFULL, -4097, "no room on disk", "DiskFullError")        \
+#define OM_ERROR_TABLE(X)                                                       \
+	X(OM_ELIMIT, -4096, "a byte limit is reached", "LimitError")            \
+	X(OM_EDISKFULL, -4097, "no room on disk", "DiskFullError")              \
 	X(OM_ECORRUPT, -4098, "bytes differ from those stored", "CorruptError") \
-	X(OM_EBUSY, -4099, "still in use", "BusyError")                   \
-	X(OM_ECLOSED, -4100, "closed", "ClosedError")                     \
-	X(OM_EDEVICE, -4101, "device not usable", "DeviceError")          \
-	X(OM_ENAME, -4102, "no such name", "KeyError")                    \
-	X(OM_EVALUE, -4103, "bad value", "ValueError")                    \
-	X(OM_ETIMEOUT, -4104, "deadline passed", "BusyError")             \
-	X(OM_ECANCELED, -4105, "canceled", "Error")                       \
+	X(OM_EBUSY, -4099, "still in use", "BusyError")                         \
+	X(OM_ECLOSED, -4100, "closed", "ClosedError")                           \
+	X(OM_EDEVICE, -4101, "device not usable", "DeviceError")                \
+	X(OM_ENAME, -4102, "no such name", "KeyError")                          \
+	X(OM_EVALUE, -4103, "bad value", "ValueError")                          \
+	X(OM_ETIMEOUT, -4104, "deadline passed", "BusyError")                   \
+	X(OM_ECANCELED, -4105, "canceled", "Error")                             \
 	X(OM_EAGAIN, -4106, "not yet", "Error")
 
 #define OM_ERROR_ENUM(sym, code, text, pyclass) sym = (code),
 enum om_error_code { OM_ERROR_TABLE(OM_ERROR_ENUM) };
 #undef OM_ERROR_ENUM
 
-#define OM_ERROR_TEXT 768
-#define OM_ERROR_FILE 512
+#define OM_ERROR_TEXT    768
+#define OM_ERROR_FILE    512
 #define OM_ERROR_HOLDERS 384
 
 struct om_error {
-	int code;                          /* 0: none */
-	char text[OM_ERROR_TEXT];          /* what, which item, sizes and limits, next step */
-	char filename[OM_ERROR_FILE];      /* "" when no file is involved */
-	char holders[OM_ERROR_HOLDERS];    /* OM_EBUSY: names, separated by '\n' */
-	uint64_t need, used, limit;        /* OM_ELIMIT: bytes */
-	char which[32];                    /* OM_ELIMIT: which limit binds ("host", "group x") */
+	int code;                       /* 0: none */
+	char text[OM_ERROR_TEXT];       /* what, which item, sizes and limits, next step */
+	char filename[OM_ERROR_FILE];   /* "" when no file is involved */
+	char holders[OM_ERROR_HOLDERS]; /* OM_EBUSY: names, separated by '\n' */
+	uint64_t need, used, limit;     /* OM_ELIMIT: bytes */
+	char which[32];                 /* OM_ELIMIT: which limit binds ("host", "group x") */
 };
 
 /* Sets this thread's error (all details cleared) and returns `code`. */

@@ -45,7 +45,7 @@ static inline void om_list_push_head(struct om_list *head, struct om_list *n)
 #define OM_LIST_FOREACH(pos, head) \
 	for (struct om_list *pos = (head)->next; pos != (head); pos = pos->next)
 /* The loop body may unlink `pos`. */
-#define OM_LIST_FOREACH_SAFE(pos, head)                                            \
+#define OM_LIST_FOREACH_SAFE(pos, head)                                                  \
 	for (struct om_list *pos = (head)->next, *pos##_next = pos->next; pos != (head); \
 	     pos = pos##_next, pos##_next = pos->next)
 

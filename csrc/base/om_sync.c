@@ -104,8 +104,8 @@ void om_cond_broadcast(struct om_cond *c)
 
 bool om_cond_wait(struct om_cond *c, struct om_mutex *m, uint64_t deadline_ns)
 {
-	struct timespec ts = {.tv_sec = (time_t)(deadline_ns / OM_NSEC),
-	                      .tv_nsec = (long)(deadline_ns % OM_NSEC)};
+	struct timespec ts = { .tv_sec = (time_t)(deadline_ns / OM_NSEC),
+		               .tv_nsec = (long)(deadline_ns % OM_NSEC) };
 	int code;
 
 	rank_pop(m->rank);

@@ -23,17 +23,17 @@
 #include "base/om_base.h"
 #include "base/om_error.h"
 
-#define NIL 0u
-#define STEP_BITS 5
-#define STEPS (1u << STEP_BITS) /* classes a level */
-#define MAX_SCAN 8              /* holes looked at before the sure class */
+#define NIL         0u
+#define STEP_BITS   5
+#define STEPS       (1u << STEP_BITS) /* classes a level */
+#define MAX_SCAN    8                 /* holes looked at before the sure class */
 #define MIN_RECORDS 16u
 #define MAX_RECORDS (1u << 31)
-#define MAX_SIZE (UINT64_C(1) << 63) /* bytes; keeps every sum of two sizes in 64 bits */
+#define MAX_SIZE    (UINT64_C(1) << 63) /* bytes; keeps every sum of two sizes in 64 bits */
 
 struct record {
-	uint64_t at;        /* first granule */
-	uint64_t n : 63;    /* granules; 0: the sentinel or an unused record */
+	uint64_t at;     /* first granule */
+	uint64_t n : 63; /* granules; 0: the sentinel or an unused record */
 	uint64_t used : 1;
 	uint32_t below, above; /* neighbours by address, through the sentinel */
 	uint32_t prev, next;   /* hole: its class; allocation: next in its bucket; unused: next */
@@ -45,16 +45,16 @@ struct level {
 };
 
 struct om_arena {
-	unsigned shift; /* log2 of the granule */
+	unsigned shift;             /* log2 of the granule */
 	uint64_t size, used, count; /* granules, granules, allocations */
 	uint64_t bitmap;            /* levels that are not empty */
 	struct level *levels;       /* as many as a hole of `size` needs */
 	unsigned level_count;
 	struct record *records;
-	uint32_t *buckets;      /* record_count of them; by offset */
-	uint32_t record_count;  /* a power of two */
-	uint32_t fresh;         /* records from here on were never used */
-	uint32_t unused;        /* chain of records given back */
+	uint32_t *buckets;     /* record_count of them; by offset */
+	uint32_t record_count; /* a power of two */
+	uint32_t fresh;        /* records from here on were never used */
+	uint32_t unused;       /* chain of records given back */
 	uint32_t unused_count;
 };
 
@@ -267,7 +267,8 @@ int om_arena_create(uint64_t size, uint64_t granule, struct om_arena **ret)
 
 	*ret = NULL;
 	if (!granule || (granule & (granule - 1)))
-		return om_err(OM_EVALUE, "arena: granule %" PRIu64 " is not a power of two", granule);
+		return om_err(OM_EVALUE, "arena: granule %" PRIu64 " is not a power of two",
+		              granule);
 	a = om_alloc(1, sizeof(*a));
 	if (!a)
 		return -ENOMEM;
@@ -369,7 +370,8 @@ int om_arena_alloc(struct om_arena *a, uint64_t size, uint64_t align, uint64_t *
 	if (!size)
 		return om_err(OM_EVALUE, "arena: an allocation of 0 bytes");
 	if (align & (align - 1))
-		return om_err(OM_EVALUE, "arena: alignment %" PRIu64 " is not a power of two", align);
+		return om_err(OM_EVALUE, "arena: alignment %" PRIu64 " is not a power of two",
+		              align);
 	if (n > a->size - a->used)
 		return -ENOSPC;
 	if (step > a->size) /* only offset 0 is a multiple */
@@ -544,7 +546,7 @@ static int check_classes(const struct om_arena *a, uint64_t holes)
 {
 	uint64_t seen = 0;
 
-	for (unsigned class = 0; class < a->level_count * STEPS; class++) {
+	for (unsigned class = 0; class < a->level_count * STEPS; class ++) {
 		const struct level *level = &a->levels[class / STEPS];
 		uint32_t prev = NIL, i = *class_head(a, class);
 

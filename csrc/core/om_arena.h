@@ -23,7 +23,8 @@ void om_arena_destroy(struct om_arena *a); /* NULL is fine */
 int om_arena_alloc(struct om_arena *a, uint64_t size, uint64_t align, uint64_t *ret_offset);
 /* Reserve `size` bytes, or else a hole within 1/32 of the largest one: for users that can scatter.
  * Fails as om_arena_alloc does; -ENOSPC only when everything is in use. */
-int om_arena_alloc_some(struct om_arena *a, uint64_t size, uint64_t *ret_offset, uint64_t *ret_size);
+int om_arena_alloc_some(struct om_arena *a, uint64_t size, uint64_t *ret_offset,
+                        uint64_t *ret_size);
 /* Give back an allocation by its offset. OM_EVALUE when nothing is allocated there. Never needs
  * memory. */
 int om_arena_free(struct om_arena *a, uint64_t offset);

@@ -15,7 +15,7 @@
 enum om_copy_state {
 	OM_COPY_NONE,    /* no bytes. Next: FILLING, once the extent is reserved */
 	OM_COPY_FILLING, /* being written, nobody reads. Next: VALID, or NONE on error */
-	OM_COPY_VALID,   /* readable under a lease; on the group's list iff leases == 0. Next: LEAVING, NONE */
+	OM_COPY_VALID, /* readable under a lease; on a list iff leases == 0. Next: LEAVING, NONE */
 	OM_COPY_LEAVING, /* being written out; a lease rescues it (back to VALID). Else: NONE */
 };
 
@@ -36,15 +36,15 @@ struct om_range { /* one extent of an origin */
 };
 
 struct om_block {
-	unsigned refs; /* atomic: the store, and each lease; the record outlives its name and store */
+	unsigned refs; /* atomic: the store, and each lease; outlives name and store */
 	char *name;
 	uint64_t name_hash, nbytes;
 	struct om_desc desc;
 	struct om_block *chain; /* table */
 	struct om_list all;     /* store->blocks, in the order of adding */
-	struct om_list order;   /* leases == 0: group->idle when HOST is VALID, ->ahead when FILLING */
+	struct om_list order;   /* leases == 0: group->idle (HOST VALID) or ->ahead (FILLING) */
 	struct om_group *group;
-	bool named;             /* in the table */
+	bool named; /* in the table */
 
 	struct om_range *ranges; /* the origin; NULL: none */
 	size_t range_count;
@@ -52,17 +52,17 @@ struct om_block {
 	enum om_copy_state host, disk;
 	struct om_extent mem;       /* HOST bytes; no segment when foreign */
 	struct om_foreign *foreign; /* HOST bytes of somebody else */
-	uint8_t *data;              /* first byte, inside mem or foreign; valid unless host is NONE */
+	uint8_t *data; /* first byte, inside mem or foreign; valid unless host is NONE */
 	unsigned leases;
-	unsigned holds;             /* threads that read the bytes without the lock, to write them out */
-	unsigned views;             /* atomic: references that foreign consumers hold */
-	bool writer;                /* the one lease is a write lease */
-	struct om_list holders;     /* struct om_lease */
+	unsigned holds; /* threads that read the bytes without the lock, to write them out */
+	unsigned views; /* atomic: references that foreign consumers hold */
+	bool writer;    /* the one lease is a write lease */
+	struct om_list holders; /* struct om_lease */
 	struct om_disk_copy disk_copy;
-	struct om_move *move;       /* under way for this block, or NULL */
+	struct om_move *move; /* under way for this block, or NULL */
 
-	uint64_t hash;              /* XXH3-64 of the bytes of origin or disk copy */
-	bool hash_known, verified;  /* verified: compared at least once */
+	uint64_t hash;             /* XXH3-64 of the bytes of origin or disk copy */
+	bool hash_known, verified; /* verified: compared at least once */
 };
 
 int om_block_create(const char *name, uint64_t nbytes, struct om_group *group,
@@ -78,17 +78,17 @@ static inline bool om_block_clean(const struct om_block *b)
 }
 
 /* The transitions. Each asserts the state that it starts from. */
-void om_block_fill_begin(struct om_block *b, struct om_extent mem);   /* NONE -> FILLING */
-void om_block_fill_end(struct om_block *b);                           /* FILLING -> VALID */
-void om_block_fill_fail(struct om_block *b, struct om_pool *p);       /* FILLING -> NONE */
-void om_block_leave_begin(struct om_block *b);                        /* VALID -> LEAVING */
-void om_block_leave_rescue(struct om_block *b);                       /* LEAVING -> VALID */
-void om_block_host_drop(struct om_block *b, struct om_pool *p);       /* VALID, LEAVING -> NONE */
+void om_block_fill_begin(struct om_block *b, struct om_extent mem); /* NONE -> FILLING */
+void om_block_fill_end(struct om_block *b);                         /* FILLING -> VALID */
+void om_block_fill_fail(struct om_block *b, struct om_pool *p);     /* FILLING -> NONE */
+void om_block_leave_begin(struct om_block *b);                      /* VALID -> LEAVING */
+void om_block_leave_rescue(struct om_block *b);                     /* LEAVING -> VALID */
+void om_block_host_drop(struct om_block *b, struct om_pool *p);     /* VALID, LEAVING -> NONE */
 /* NONE -> VALID; the bytes count in the limit of the pool, which has room for them. */
 void om_block_adopt(struct om_block *b, struct om_pool *p, struct om_foreign *foreign);
-void om_block_disk_begin(struct om_block *b);                         /* NONE -> FILLING */
-void om_block_disk_end(struct om_block *b);                           /* FILLING -> VALID */
-void om_block_disk_drop(struct om_block *b, struct om_disk *d);       /* any -> NONE */
+void om_block_disk_begin(struct om_block *b);                   /* NONE -> FILLING */
+void om_block_disk_end(struct om_block *b);                     /* FILLING -> VALID */
+void om_block_disk_drop(struct om_block *b, struct om_disk *d); /* any -> NONE */
 /* Leases of the HOST copy (VALID or FILLING); the last one puts a VALID copy on the idle list. */
 void om_block_lease(struct om_block *b);
 void om_block_unlease(struct om_block *b);

@@ -33,13 +33,13 @@ static int add_run(struct om_disk_copy *copy, uint64_t offset, uint64_t bytes)
 	if (!runs)
 		return -ENOMEM;
 	copy->runs = runs;
-	runs[copy->count++] = (struct om_run){offset, bytes};
+	runs[copy->count++] = (struct om_run){ offset, bytes };
 	return 0;
 }
 
 int om_disk_alloc(struct om_disk *d, uint64_t bytes, struct om_disk_copy *ret)
 {
-	struct om_disk_copy copy = {0};
+	struct om_disk_copy copy = { 0 };
 	uint64_t left = bytes;
 	int code = 0;
 

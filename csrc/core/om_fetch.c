@@ -235,8 +235,8 @@ static void prove_locked(struct om_store *s, struct om_move *m, int files_code, 
 			       "block '%s': %llu bytes read twice from %s differ from those stored (XXH3 %016llx, "
 			       "stored %016llx); the file or the disk is damaged",
 			       b->name, (unsigned long long)b->nbytes,
-			       m->piece_count ? m->pieces[0].file->path : "nowhere", (unsigned long long)digest,
-			       (unsigned long long)b->hash);
+			       m->piece_count ? m->pieces[0].file->path : "nowhere",
+			       (unsigned long long)digest, (unsigned long long)b->hash);
 			if (m->piece_count)
 				om_err_file(m->pieces[0].file->path);
 			om_move_fail(m);
@@ -303,11 +303,13 @@ int om_fetch_settle_locked(struct om_store *s, struct om_move *m, uint64_t deadl
 	m->waiters++;
 	while (!m->settled && !code) {
 		if (s->closing)
-			code = om_err(OM_ECLOSED, "the store was closed while block '%s' moved", m->block->name);
+			code = om_err(OM_ECLOSED, "the store was closed while block '%s' moved",
+			              m->block->name);
 		else if (om_fetch_work_locked(s, m))
 			continue;
 		else if (om_now() >= deadline_ns)
-			code = om_err(OM_EBUSY, "block '%s': still moving at the deadline (%llu bytes)",
+			code = om_err(OM_EBUSY,
+			              "block '%s': still moving at the deadline (%llu bytes)",
 			              m->block->name, (unsigned long long)m->bytes);
 		else
 			om_store_wait_locked(s, deadline_ns);

@@ -10,9 +10,10 @@ struct om_group {
 	struct om_list link; /* store->groups */
 	char name[64];
 	uint64_t limit_bytes; /* 0: only the store's binds */
-	uint64_t used_bytes, peak_bytes; /* HOST extents of its blocks, FILLING and LEAVING included */
+	uint64_t used_bytes,
+		peak_bytes; /* HOST extents of its blocks, FILLING and LEAVING included */
 	uint64_t blocks;
-	uint64_t leaving_bytes;          /* of those, LEAVING */
+	uint64_t leaving_bytes; /* of those, LEAVING */
 	uint64_t read_bytes;
 	struct om_list idle;  /* VALID, not leased: least recently released first */
 	struct om_list ahead; /* FILLING, not leased: fetched ahead of use */

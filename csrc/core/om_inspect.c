@@ -82,8 +82,8 @@ int om_store_stats(struct om_store *s, struct om_stats *ret)
 	if (!s->closing)
 		om_store_drain_locked(s);
 	*ret = s->counters;
-	ret->host = (struct om_tier_stats){s->pool.used_bytes, s->host_peak_bytes,
-	                                   s->host_limit_bytes, s->pool.mapped_bytes};
+	ret->host = (struct om_tier_stats){ s->pool.used_bytes, s->host_peak_bytes,
+		                            s->host_limit_bytes, s->pool.mapped_bytes };
 	OM_LIST_FOREACH(link, &s->blocks) {
 		const struct om_block *b = om_container_of(link, struct om_block, all);
 
@@ -91,9 +91,9 @@ int om_store_stats(struct om_store *s, struct om_stats *ret)
 		if (b->foreign)
 			ret->host.used_bytes += om_up(OM_MAX(b->nbytes, 1), OM_PAGE);
 	}
-	ret->disk = (struct om_tier_stats){
-	    s->disk.used_bytes, s->disk.peak_bytes, s->disk.limit_bytes,
-	    s->disk.arena ? om_arena_size(s->disk.arena) : 0};
+	ret->disk = (struct om_tier_stats){ s->disk.used_bytes, s->disk.peak_bytes,
+		                            s->disk.limit_bytes,
+		                            s->disk.arena ? om_arena_size(s->disk.arena) : 0 };
 	ret->blocks = s->table.count;
 	ret->exported_bytes = __atomic_load_n(&s->exported_bytes, __ATOMIC_RELAXED);
 	om_mutex_unlock(&s->lock);
@@ -120,14 +120,15 @@ static int check_block(const struct om_block *b)
 		return om_err(OM_ECORRUPT, "I1: block '%s' has no copy and no origin", b->name);
 	/* I2: leased copies are VALID or FILLING, and on no list. */
 	if (b->leases && b->host != OM_COPY_VALID && b->host != OM_COPY_FILLING)
-		return om_err(OM_ECORRUPT, "I2: block '%s' is leased in state %d", b->name, b->host);
+		return om_err(OM_ECORRUPT, "I2: block '%s' is leased in state %d", b->name,
+		              b->host);
 	if (b->leases && listed)
 		return om_err(OM_ECORRUPT, "I2: block '%s' is leased and on a list", b->name);
 	if (!b->leases && b->host == OM_COPY_VALID && !listed)
 		return om_err(OM_ECORRUPT, "I2: block '%s' is idle and on no list", b->name);
 	if (holders > b->leases)
-		return om_err(OM_ECORRUPT, "I2: block '%s': %zu lease objects, %u leases", b->name, holders,
-		              b->leases);
+		return om_err(OM_ECORRUPT, "I2: block '%s': %zu lease objects, %u leases", b->name,
+		              holders, b->leases);
 	/* I4: at most one copy is being filled, by one move. */
 	if (b->host == OM_COPY_FILLING && b->disk == OM_COPY_FILLING)
 		return om_err(OM_ECORRUPT, "I4: block '%s' fills two copies", b->name);
@@ -159,24 +160,26 @@ static int check_sums(struct om_store *s)
 	}
 	/* I3: a tier's used bytes are the sum of its copies' extents. */
 	if (pool != s->pool.used_bytes)
-		return om_err(OM_ECORRUPT, "I3: HOST copies hold %llu bytes, the pool counts %llu", LLU(pool),
-		              LLU(s->pool.used_bytes));
+		return om_err(OM_ECORRUPT, "I3: HOST copies hold %llu bytes, the pool counts %llu",
+		              LLU(pool), LLU(s->pool.used_bytes));
 	if (disk != s->disk.used_bytes)
-		return om_err(OM_ECORRUPT, "I3: DISK copies hold %llu bytes, the tier counts %llu", LLU(disk),
-		              LLU(s->disk.used_bytes));
+		return om_err(OM_ECORRUPT, "I3: DISK copies hold %llu bytes, the tier counts %llu",
+		              LLU(disk), LLU(s->disk.used_bytes));
 	if (sole != s->sole_bytes && !s->adding)
-		return om_err(OM_ECORRUPT, "blocks without an origin hold %llu bytes, %llu were admitted",
+		return om_err(OM_ECORRUPT,
+		              "blocks without an origin hold %llu bytes, %llu were admitted",
 		              LLU(sole), LLU(s->sole_bytes));
 	OM_LIST_FOREACH(link, &s->groups) {
 		const struct om_group *g = om_container_of(link, struct om_group, link);
 
 		if (g->check_bytes != g->used_bytes)
-			return om_err(OM_ECORRUPT, "I3: group '%s' holds %llu bytes and counts %llu", g->name,
+			return om_err(OM_ECORRUPT,
+			              "I3: group '%s' holds %llu bytes and counts %llu", g->name,
 			              LLU(g->check_bytes), LLU(g->used_bytes));
 		/* I6: used bytes stay within the limit. */
 		if (g->limit_bytes && g->used_bytes > g->limit_bytes)
-			return om_err(OM_ECORRUPT, "I6: group '%s' uses %llu of %llu bytes", g->name,
-			              LLU(g->used_bytes), LLU(g->limit_bytes));
+			return om_err(OM_ECORRUPT, "I6: group '%s' uses %llu of %llu bytes",
+			              g->name, LLU(g->used_bytes), LLU(g->limit_bytes));
 	}
 	if (s->pool.mapped_bytes > s->pool.limit_bytes)
 		return om_err(OM_ECORRUPT, "I6: %llu bytes are mapped, the limit is %llu",

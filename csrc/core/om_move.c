@@ -166,7 +166,7 @@ void om_move_step(const struct om_move *m, struct om_cursor *c)
 
 void om_move_rewind(struct om_move *m)
 {
-	struct om_cursor start = {0};
+	struct om_cursor start = { 0 };
 
 	skip_empty(m, &start);
 	m->issued = m->ready = m->hashed = start;

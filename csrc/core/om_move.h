@@ -33,7 +33,7 @@ struct om_cursor {
 };
 
 struct om_move {
-	unsigned refs; /* under the store lock: block->move, mover list, tickets, waiters */
+	unsigned refs;       /* under the store lock: block->move, mover list, tickets, waiters */
 	struct om_list link; /* mover queue, while something is left to issue */
 	struct om_block *block;
 	enum om_move_kind kind;
@@ -44,16 +44,16 @@ struct om_move {
 	uint32_t request_bytes;
 	struct om_cursor issued, ready, hashed;
 	uint32_t issue_index, ready_index, request_count;
-	uint8_t *back;      /* per request: 1 when it is back */
+	uint8_t *back; /* per request: 1 when it is back */
 	unsigned inflight;
-	bool checked;       /* identity of the files was compared before the first request */
+	bool checked; /* identity of the files was compared before the first request */
 	bool want_hash, speculative, canceled, landed, settled, busy;
 	uint8_t attempt;
-	void *hash_memory;  /* aligned XXH3 state inside hash_raw */
+	void *hash_memory; /* aligned XXH3 state inside hash_raw */
 	void *hash_raw;
-	uint64_t hash;      /* spill: of the bytes sent */
+	uint64_t hash;          /* spill: of the bytes sent */
 	struct om_error *error; /* NULL until something failed */
-	unsigned waiters;   /* threads that wait for it now */
+	unsigned waiters;       /* threads that wait for it now */
 };
 
 /* Plan a fill of `b`, whose extent is reserved (b->data is set to where the first byte will be), or

@@ -15,7 +15,7 @@
 #include "core/om_store_int.h"
 #include "plat/om_dev.h"
 
-#define MAX_DEPTH 256u
+#define MAX_DEPTH     256u
 #define POPULATE_STEP (UINT64_C(8) * OM_MIB)
 
 struct slot {
@@ -141,7 +141,8 @@ static bool check_files_locked(struct om_store *s, struct om_move *m)
 
 static bool prepare_bounce(struct slot *slot, const struct om_move *m, const struct om_piece *p)
 {
-	uint64_t at = m->issued.done, wanted = at < p->nbytes ? OM_MIN(p->nbytes - at, slot->length) : 0;
+	uint64_t at = m->issued.done,
+		 wanted = at < p->nbytes ? OM_MIN(p->nbytes - at, slot->length) : 0;
 
 	if (om_fault(OM_FAULT_ALLOC) || posix_memalign(&slot->bounce, OM_PAGE, slot->length)) {
 		om_err(-ENOMEM, "no memory for a bounce buffer of %u bytes", slot->length);
@@ -169,12 +170,12 @@ static bool issue_locked(struct mover *mv, struct om_move *m, uint32_t length)
 	slot->move = m;
 	slot->index = m->issue_index++;
 	slot->req = (struct om_io_req){
-	    .file = p->file,
-	    .write = m->kind == OM_MOVE_SPILL,
-	    .buf = slot->bounce ? slot->bounce : p->mem + m->issued.done,
-	    .len = length,
-	    .need = (uint32_t)OM_MIN(exists, length),
-	    .offset = p->offset + m->issued.done,
+		.file = p->file,
+		.write = m->kind == OM_MOVE_SPILL,
+		.buf = slot->bounce ? slot->bounce : p->mem + m->issued.done,
+		.len = length,
+		.need = (uint32_t)OM_MIN(exists, length),
+		.offset = p->offset + m->issued.done,
 	};
 	om_move_ref(m);
 	m->inflight++;
@@ -253,18 +254,19 @@ static void describe_error(const struct slot *slot)
 		om_err(OM_EDISKFULL,
 		       "block '%s': no room on disk writing %u bytes at offset %llu of %s: %s; free some "
 		       "space or lower disk_limit (the bytes are still in memory)",
-		       slot->move->block->name, r->len, (unsigned long long)r->offset, r->file->path,
-		       om_err_text(r->code));
+		       slot->move->block->name, r->len, (unsigned long long)r->offset,
+		       r->file->path, om_err_text(r->code));
 	else if (r->code == -ENODATA)
 		om_err(OM_ECORRUPT,
 		       "block '%s': %s ended before offset %llu (need %u bytes at %llu): the file was "
 		       "truncated",
 		       slot->move->block->name, r->file->path,
-		       (unsigned long long)(r->offset + r->need), r->need, (unsigned long long)r->offset);
+		       (unsigned long long)(r->offset + r->need), r->need,
+		       (unsigned long long)r->offset);
 	else
 		om_err(r->code, "block '%s': cannot %s %u bytes at offset %llu of %s: %s",
-		       slot->move->block->name, verb, r->len, (unsigned long long)r->offset, r->file->path,
-		       om_err_text(r->code));
+		       slot->move->block->name, verb, r->len, (unsigned long long)r->offset,
+		       r->file->path, om_err_text(r->code));
 	om_err_file(r->file->path);
 }
 
@@ -331,7 +333,7 @@ static unsigned least_back(const struct mover *mv)
 
 static void *mover_run(void *arg)
 {
-	struct mover mv = {.store = arg};
+	struct mover mv = { .store = arg };
 	struct om_store *s = arg;
 	struct om_io *io = NULL;
 	bool ready = mover_init(&mv);
@@ -350,7 +352,8 @@ static void *mover_run(void *arg)
 			break;
 		}
 		om_mutex_unlock(&s->lock);
-		count = om_io_reap(s->io, mv.back, mv.depth, OM_MAX(1u, least_back(&mv)), UINT64_MAX);
+		count = om_io_reap(s->io, mv.back, mv.depth, OM_MAX(1u, least_back(&mv)),
+		                   UINT64_MAX);
 		if (!count)
 			continue;
 		om_mutex_lock(&s->lock);

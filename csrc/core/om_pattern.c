@@ -9,7 +9,7 @@
 
 int om_pattern_init(struct om_pattern *p, size_t ids)
 {
-	*p = (struct om_pattern){.ids = ids, .capacity = OM_MAX(ids * CYCLES, 64)};
+	*p = (struct om_pattern){ .ids = ids, .capacity = OM_MAX(ids * CYCLES, 64) };
 	p->past = om_alloc(p->capacity, sizeof(*p->past));
 	p->last = om_alloc(ids, sizeof(*p->last));
 	if (!p->past || !p->last) {

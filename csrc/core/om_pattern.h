@@ -13,11 +13,11 @@
 #include <stdint.h>
 
 struct om_pattern {
-	uint32_t *past;     /* ring: position % capacity */
-	uint64_t *last;     /* by id: 1 + position of the last occurrence; 0: never */
+	uint32_t *past; /* ring: position % capacity */
+	uint64_t *last; /* by id: 1 + position of the last occurrence; 0: never */
 	size_t capacity, ids;
-	uint64_t head;      /* positions recorded so far */
-	uint64_t cursor;    /* position whose id is expected next; == head: nothing is known */
+	uint64_t head;   /* positions recorded so far */
+	uint64_t cursor; /* position whose id is expected next; == head: nothing is known */
 	uint64_t mismatches;
 };
 

@@ -40,7 +40,7 @@ void om_segment_unref(struct om_segment *s)
 
 void om_pool_init(struct om_pool *p, uint64_t limit_bytes)
 {
-	*p = (struct om_pool){.limit_bytes = limit_bytes};
+	*p = (struct om_pool){ .limit_bytes = limit_bytes };
 	om_list_init(&p->shared);
 	om_list_init(&p->dedicated);
 	om_list_init(&p->cached);
@@ -228,7 +228,7 @@ static void extent_set(struct om_pool *p, struct om_segment *s, uint64_t offset,
 {
 	s->used += bytes;
 	p->used_bytes += bytes;
-	*ret = (struct om_extent){.segment = s, .ptr = (char *)s->base + offset, .bytes = bytes};
+	*ret = (struct om_extent){ .segment = s, .ptr = (char *)s->base + offset, .bytes = bytes };
 }
 
 /* A hole in a shared segment. -ENOSPC (no message) when there is none. */
@@ -259,8 +259,7 @@ static int limit_error(const struct om_pool *p, uint64_t bytes)
 	return OM_ELIMIT;
 }
 
-static int dedicated_alloc(struct om_pool *p, uint64_t bytes, uint64_t most,
-                           struct om_extent *ret)
+static int dedicated_alloc(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_extent *ret)
 {
 	struct om_segment *s;
 	int code;
@@ -283,7 +282,7 @@ int om_pool_alloc(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_ex
 	struct om_segment *s;
 	int code;
 
-	*ret = (struct om_extent){0};
+	*ret = (struct om_extent){ 0 };
 	if (!bytes)
 		return om_err(OM_EVALUE, "host memory: a request of 0 bytes");
 	if (size < bytes) /* within a page of 2^64 */
@@ -320,7 +319,7 @@ void om_pool_free(struct om_pool *p, struct om_extent *e)
 	}
 	s->used -= e->bytes;
 	p->used_bytes -= e->bytes;
-	*e = (struct om_extent){0};
+	*e = (struct om_extent){ 0 };
 	if (s->used)
 		return;
 	if (__atomic_load_n(&s->refs, __ATOMIC_ACQUIRE) > 1 || p->mapped_bytes > p->limit_bytes)
@@ -370,7 +369,7 @@ static int check_segment(const struct om_pool *p, const struct om_list *list,
 
 int om_pool_check(const struct om_pool *p)
 {
-	const struct om_list *lists[] = {&p->shared, &p->dedicated, &p->cached};
+	const struct om_list *lists[] = { &p->shared, &p->dedicated, &p->cached };
 	uint64_t used = 0, mapped = 0, cached = 0, freed_ns = 0;
 	int code;
 

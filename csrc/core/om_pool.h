@@ -17,18 +17,18 @@
 #include "base/om_list.h"
 #include "core/om_arena.h"
 
-#define OM_POOL_SMALL (UINT64_C(256) << 10)
+#define OM_POOL_SMALL  (UINT64_C(256) << 10)
 #define OM_POOL_SHARED (UINT64_C(2) << 20)
 
 struct om_segment {
-	struct om_list link;     /* pool's live (dedicated or shared) or cached list */
+	struct om_list link; /* pool's live (dedicated or shared) or cached list */
 	void *base;
-	uint64_t bytes;          /* mapped */
-	uint64_t populated;      /* atomic: pages of [0, populated) are faulted in */
-	struct om_arena *arena;  /* shared segments; NULL when dedicated */
-	uint64_t used;           /* bytes of extents handed out */
-	uint64_t freed_ns;       /* cached: since when */
-	unsigned refs;           /* atomic: 1 of the pool (live or cached) + one an extent's export */
+	uint64_t bytes;         /* mapped */
+	uint64_t populated;     /* atomic: pages of [0, populated) are faulted in */
+	struct om_arena *arena; /* shared segments; NULL when dedicated */
+	uint64_t used;          /* bytes of extents handed out */
+	uint64_t freed_ns;      /* cached: since when */
+	unsigned refs; /* atomic: 1 of the pool (live or cached) + one an extent's export */
 };
 
 struct om_extent { /* bytes of host memory: a whole number of pages, page aligned */
@@ -38,10 +38,10 @@ struct om_extent { /* bytes of host memory: a whole number of pages, page aligne
 };
 
 struct om_pool {
-	uint64_t limit_bytes;  /* change it with om_pool_set_limit */
-	uint64_t used_bytes;   /* sum of extents handed out */
-	uint64_t mapped_bytes; /* sum of segments, cached ones included */
-	uint64_t cached_bytes; /* of these, the cached ones */
+	uint64_t limit_bytes;                     /* change it with om_pool_set_limit */
+	uint64_t used_bytes;                      /* sum of extents handed out */
+	uint64_t mapped_bytes;                    /* sum of segments, cached ones included */
+	uint64_t cached_bytes;                    /* of these, the cached ones */
 	struct om_list shared, dedicated, cached; /* cached: longest idle first */
 };
 
@@ -51,8 +51,8 @@ void om_pool_init(struct om_pool *p, uint64_t limit_bytes);
 void om_pool_set_limit(struct om_pool *p, uint64_t limit_bytes);
 /* Cached and empty segments go; segments with live extents are left to their exports. */
 void om_pool_fini(struct om_pool *p);
-/* Bytes (rounded up to pages). `most` 0: a small request takes a hole in a shared segment, else a new shared
- * segment; where the limit has no room for that, and for a large request, a segment of its own.
+/* Bytes (rounded up to pages). `most` 0: a small request takes a hole in a shared segment, else a
+ * new shared segment; where the limit has no room for that, and for a large request, a segment of its own.
  * With `most` > 0 it is always a segment of its own, which may be that large (so a ring of unequal
  * units keeps its segments whole).
  * A segment comes from, in this order: the smallest cached one of at most `most` bytes and twice the size

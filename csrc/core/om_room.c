@@ -154,7 +154,8 @@ static int disk_reserve_locked(struct om_store *s, struct om_block *b, uint64_t 
 				om_err(OM_EDISKFULL,
 				       "block '%s': no room on disk for %llu bytes: used %llu, disk_limit %llu; raise "
 				       "disk_limit or remove blocks (the bytes are still in memory)",
-				       b->name, (unsigned long long)bytes, (unsigned long long)s->disk.used_bytes,
+				       b->name, (unsigned long long)bytes,
+				       (unsigned long long)s->disk.used_bytes,
 				       (unsigned long long)s->disk.limit_bytes);
 			return code;
 		}
@@ -337,7 +338,9 @@ int om_room_evict_locked(struct om_store *s, struct om_block *b, uint64_t deadli
 			om_fetch_cancel_locked(s, b);
 			if (b->host != OM_COPY_NONE) {
 				if (om_now() >= deadline_ns)
-					return om_err(OM_EBUSY, "block '%s': still moving at the deadline", b->name);
+					return om_err(OM_EBUSY,
+					              "block '%s': still moving at the deadline",
+					              b->name);
 				om_store_wait_locked(s, deadline_ns);
 			}
 		}
@@ -355,7 +358,8 @@ static void find_largest_locked(struct om_store *s)
 		const struct om_block *b = om_container_of(link, struct om_block, all);
 
 		if (!b->ranges && b->named)
-			s->sole_largest = OM_MAX(s->sole_largest, om_up(OM_MAX(b->nbytes, 1), OM_PAGE));
+			s->sole_largest =
+				OM_MAX(s->sole_largest, om_up(OM_MAX(b->nbytes, 1), OM_PAGE));
 	}
 }
 
@@ -383,17 +387,18 @@ int om_room_admit_locked(struct om_store *s, const char *name, uint64_t bytes)
 		return 0;
 	}
 	if (bytes > s->host_limit_bytes) {
-		om_err(OM_ELIMIT, "block '%s': %llu bytes exceed host_limit, %llu bytes; raise it", name,
-		       (unsigned long long)bytes, (unsigned long long)s->host_limit_bytes);
+		om_err(OM_ELIMIT, "block '%s': %llu bytes exceed host_limit, %llu bytes; raise it",
+		       name, (unsigned long long)bytes, (unsigned long long)s->host_limit_bytes);
 		om_err_limit("host", bytes, s->sole_bytes, s->host_limit_bytes);
 		return OM_ELIMIT;
 	}
-	return om_err(OM_EDISKFULL,
-	              "block '%s': %llu bytes would not always find room: blocks without an origin hold "
-	              "%llu bytes, HOST has %llu, DISK %llu, and exchanging the largest needs twice its size; "
-	              "raise disk_limit or host_limit, or remove blocks",
-	              name, (unsigned long long)bytes, (unsigned long long)s->sole_bytes,
-	              (unsigned long long)s->host_limit_bytes, (unsigned long long)capacity);
+	return om_err(
+		OM_EDISKFULL,
+		"block '%s': %llu bytes would not always find room: blocks without an origin hold "
+		"%llu bytes, HOST has %llu, DISK %llu, and exchanging the largest needs twice its size; "
+		"raise disk_limit or host_limit, or remove blocks",
+		name, (unsigned long long)bytes, (unsigned long long)s->sole_bytes,
+		(unsigned long long)s->host_limit_bytes, (unsigned long long)capacity);
 }
 
 void om_room_unadmit_locked(struct om_store *s, uint64_t bytes)

@@ -24,8 +24,9 @@ static void memory_unref(struct om_store *s)
 int om_store_enter(struct om_store *s)
 {
 	if (s->fork_generation != om_fork_generation())
-		return om_err(OM_ECLOSED, "this store belongs to the process that forked this one; create "
-		                          "a new one here");
+		return om_err(OM_ECLOSED,
+		              "this store belongs to the process that forked this one; create "
+		              "a new one here");
 	om_mutex_lock(&s->lock);
 	if (s->closing) {
 		om_mutex_unlock(&s->lock);
@@ -96,10 +97,10 @@ int om_store_create(const struct om_store_config *c, struct om_store **ret)
 	s->request_bytes = c->request_bytes ? c->request_bytes : OM_IO_MAX_REQUEST;
 	s->host_limit_bytes = om_down(c->host_limit_bytes, OM_PAGE);
 	s->io_config = (struct om_io_config){
-	    .backend = (enum om_io_backend)c->backend,
-	    .directory = c->directory,
-	    .depth = (unsigned)OM_MIN(OM_MAX(window / s->request_bytes, 1), 256),
-	    .threads = c->io_threads,
+		.backend = (enum om_io_backend)c->backend,
+		.directory = c->directory,
+		.depth = (unsigned)OM_MIN(OM_MAX(window / s->request_bytes, 1), 256),
+		.threads = c->io_threads,
 	};
 	code = init_parts(s, c);
 	if (code) {
@@ -143,7 +144,8 @@ static void forget_blocks_locked(struct om_store *s)
 		if (b->named)
 			om_table_remove(&s->table, b);
 		om_store_reap_locked(s, b);
-		if (!om_list_empty(&b->all)) { /* leased: the leases' own references keep the bytes */
+		if (!om_list_empty(
+			    &b->all)) { /* leased: the leases' own references keep the bytes */
 			om_list_del(&b->all);
 			om_foreign_unref(b->foreign);
 			b->foreign = NULL;
@@ -172,7 +174,8 @@ int om_store_close(struct om_store *s)
 	om_mover_stop(s);
 	om_mutex_lock(&s->lock);
 	cancel_moves_locked(s);
-	while (s->moves || s->waiters || s->adding || s->inside) { /* others see `closing` and leave */
+	while (s->moves || s->waiters || s->adding ||
+	       s->inside) { /* others see `closing` and leave */
 		om_cond_broadcast(&s->changed);
 		om_cond_wait(&s->changed, &s->lock, om_now() + WAIT_SLICE);
 		cancel_moves_locked(s);
@@ -470,7 +473,8 @@ struct om_group *om_store_find_group_locked(struct om_store *s, const char *name
 			return g;
 	}
 	if (!*name || strlen(name) >= sizeof(g->name)) {
-		om_err(OM_EVALUE, "a group's name must have 1 to %zu bytes: '%s'", sizeof(g->name) - 1, name);
+		om_err(OM_EVALUE, "a group's name must have 1 to %zu bytes: '%s'",
+		       sizeof(g->name) - 1, name);
 		return NULL;
 	}
 	g = om_alloc(1, sizeof(*g));
@@ -580,7 +584,8 @@ static int adopt_bytes_locked(struct om_store *s, struct om_block *b, struct om_
 	if (!code)
 		code = name_block_locked(s, b);
 	if (!code) {
-		om_pool_trim(&s->pool, UINT64_MAX); /* the limit shrinks: nothing may be cached above it */
+		om_pool_trim(&s->pool,
+		             UINT64_MAX); /* the limit shrinks: nothing may be cached above it */
 		om_block_adopt(b, &s->pool, foreign);
 	}
 	return code;
@@ -634,7 +639,7 @@ int om_store_take(struct om_store *s, const char *name, const char *group, void 
 
 	if (!f)
 		return -ENOMEM;
-	*f = (struct om_foreign){.refs = 1, .data = data, .release = release, .context = context};
+	*f = (struct om_foreign){ .refs = 1, .data = data, .release = release, .context = context };
 	code = add_sole(s, name, group, NULL, nbytes, desc, f, deadline_ns);
 	if (code)
 		om_free(f);
@@ -658,18 +663,21 @@ static int open_ranges(struct om_store *s, const struct om_file_range *in, size_
 		if (code)
 			break;
 		if (om_add_overflows(in[i].offset, in[i].nbytes, &end) || end > file->id.size) {
-			code = om_err(OM_EVALUE, "%s: bytes %llu + %llu lie outside the file, %llu bytes",
+			code = om_err(OM_EVALUE,
+			              "%s: bytes %llu + %llu lie outside the file, %llu bytes",
 			              in[i].path, (unsigned long long)in[i].offset,
-			              (unsigned long long)in[i].nbytes, (unsigned long long)file->id.size);
+			              (unsigned long long)in[i].nbytes,
+			              (unsigned long long)file->id.size);
 			om_file_unref(file);
 			break;
 		}
 		total += in[i].nbytes;
-		if (n && out[n - 1].file == file && out[n - 1].offset + out[n - 1].nbytes == in[i].offset) {
+		if (n && out[n - 1].file == file &&
+		    out[n - 1].offset + out[n - 1].nbytes == in[i].offset) {
 			out[n - 1].nbytes += in[i].nbytes;
 			om_file_unref(file);
 		} else {
-			out[n++] = (struct om_range){file, in[i].offset, in[i].nbytes};
+			out[n++] = (struct om_range){ file, in[i].offset, in[i].nbytes };
 		}
 	}
 	if (code) {
@@ -700,7 +708,8 @@ int om_store_open_file(struct om_store *s, const char *path, struct om_file **re
 		om_file_ref(found);
 	om_mutex_unlock(&s->lock);
 	if (found && !om_file_is_at(found, path)) {
-		om_file_unref(found); /* another file has the name now: blocks of the old one keep it */
+		om_file_unref(
+			found); /* another file has the name now: blocks of the old one keep it */
 		found = NULL;
 	}
 	*ret = found;

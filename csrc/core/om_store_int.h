@@ -21,8 +21,8 @@ struct om_lease {
 	struct om_foreign *foreign; /* likewise */
 	void *data;
 	bool write;
-	struct om_list link;        /* block->holders */
-	struct om_lease *next;      /* store->dropped */
+	struct om_list link;   /* block->holders */
+	struct om_lease *next; /* store->dropped */
 };
 
 struct om_store {
@@ -36,7 +36,7 @@ struct om_store {
 	struct om_cond changed; /* a state, a cursor, a lease count changed */
 	unsigned waiters;       /* threads in om_cond_wait on it */
 	bool closing;
-	bool closed;            /* atomic */
+	bool closed;              /* atomic */
 	struct om_lease *dropped; /* atomic, lock-free: released leases */
 
 	enum om_verify verify;
@@ -60,7 +60,7 @@ struct om_store {
 	unsigned moves; /* queued or in flight */
 	unsigned spills_failed;
 	struct om_error spill_error; /* of the last one */
-	bool starved;   /* the mover waits for pages */
+	bool starved;                /* the mover waits for pages */
 	struct om_work work;
 
 	struct om_stats counters;

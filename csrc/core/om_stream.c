@@ -21,9 +21,9 @@ struct unit {
 	enum unit_state state;
 	unsigned users;
 	size_t count, streamed_count;
-	struct om_block **blocks;   /* streamed ones first */
-	struct om_lease **leases;   /* in the order of `blocks` */
-	size_t *place;              /* caller's index -> index in `blocks` */
+	struct om_block **blocks; /* streamed ones first */
+	struct om_lease **leases; /* in the order of `blocks` */
+	size_t *place;            /* caller's index -> index in `blocks` */
 };
 
 struct om_stream {
@@ -50,7 +50,7 @@ static void unit_fini(struct unit *u)
 
 static int unit_init_locked(struct om_stream *st, struct unit *u, const struct om_stream_unit *in)
 {
-	size_t at[2] = {0, 0}; /* next place of a streamed, of a resident block */
+	size_t at[2] = { 0, 0 }; /* next place of a streamed, of a resident block */
 
 	u->name = om_strdup(in->name);
 	u->count = in->count;
@@ -68,8 +68,10 @@ static int unit_init_locked(struct om_stream *st, struct unit *u, const struct o
 		if (!b)
 			return OM_ENAME;
 		if (b->group != st->group)
-			return om_err(OM_EVALUE, "unit '%s': block '%s' is in group '%s', not in the stream's, '%s'",
-			              in->name, b->name, b->group->name, st->group->name);
+			return om_err(
+				OM_EVALUE,
+				"unit '%s': block '%s' is in group '%s', not in the stream's, '%s'",
+				in->name, b->name, b->group->name, st->group->name);
 		u->place[i] = at[in->resident[i]]++;
 		u->blocks[u->place[i]] = b;
 		om_block_ref(b);
@@ -116,7 +118,8 @@ static int lease_unit_locked(struct om_stream *st, struct unit *u, size_t first,
                              uint64_t deadline_ns, uint64_t *ret_stall_ns)
 {
 	struct om_store *s = st->store;
-	int code = count ? om_fetch_lease_locked(s, u->blocks + first, count, deadline_ns, ret_stall_ns)
+	int code = count ? om_fetch_lease_locked(s, u->blocks + first, count, deadline_ns,
+	                                         ret_stall_ns)
 	                 : 0;
 
 	for (size_t i = first; i < first + count && !code; i++) {
@@ -150,7 +153,8 @@ int om_stream_load(struct om_stream *st, uint64_t deadline_ns)
 
 			if (b->host != OM_COPY_NONE)
 				continue;
-			code = om_room_make_locked(s, st->group, om_block_host_bytes(b), false, NULL, 0);
+			code = om_room_make_locked(s, st->group, om_block_host_bytes(b), false,
+			                           NULL, 0);
 			code = code ? code : om_fetch_start_locked(s, &b, 1, OM_DEMAND);
 		}
 	}
@@ -278,7 +282,9 @@ int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, boo
 		if (s->closing)
 			code = om_err(OM_ECLOSED, "the store is closed");
 		else if (om_now() >= deadline_ns)
-			code = om_err(OM_EBUSY, "unit '%s': another thread is binding it at the deadline", u->name);
+			code = om_err(OM_EBUSY,
+			              "unit '%s': another thread is binding it at the deadline",
+			              u->name);
 		else
 			om_store_wait_locked(s, deadline_ns);
 	}
@@ -343,7 +349,8 @@ int om_stream_leave(struct om_stream *st, size_t unit, bool *ret_unbind)
 		return code;
 	u = &st->units[unit];
 	if (!u->users) {
-		code = om_err(OM_EVALUE, "unit '%s' is left more often than it was entered", u->name);
+		code = om_err(OM_EVALUE, "unit '%s' is left more often than it was entered",
+		              u->name);
 	} else if (!--u->users) {
 		u->state = UNBINDING;
 		*ret_unbind = true;

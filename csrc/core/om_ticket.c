@@ -99,7 +99,8 @@ int om_store_prefetch(struct om_store *s, const char *const *names, size_t count
 	}
 	for (size_t i = 0; i < count && !code && room; i++) {
 		look_locked(t, &t->items[i]);
-		room = t->items[i].settled || t->items[i].move; /* in order: the next is less urgent */
+		room = t->items[i].settled ||
+		       t->items[i].move; /* in order: the next is less urgent */
 	}
 	if (code)
 		while (t->count)
@@ -123,7 +124,8 @@ static int wait_start_locked(struct om_ticket *t, struct item *it, uint64_t dead
 	int code = 0;
 
 	if (b->host == OM_COPY_NONE)
-		code = om_room_wait_locked(s, b->group, om_block_host_bytes(b), deadline_ns, NULL, 0);
+		code = om_room_wait_locked(s, b->group, om_block_host_bytes(b), deadline_ns, NULL,
+		                           0);
 	if (code)
 		return code;
 	look_locked(t, it);

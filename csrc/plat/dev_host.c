@@ -48,7 +48,8 @@ int om_host_map(uint64_t bytes, void **ret)
 
 	*ret = NULL;
 	if (!bytes || bytes % OM_PAGE)
-		return om_err(OM_EVALUE, "a run of host memory must be whole pages, not %" PRIu64 " bytes",
+		return om_err(OM_EVALUE,
+		              "a run of host memory must be whole pages, not %" PRIu64 " bytes",
 		              bytes);
 	if (om_fault(OM_FAULT_MAP))
 		return map_failed(bytes, ENOMEM);

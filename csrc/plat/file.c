@@ -281,8 +281,8 @@ static int grow_failed(const struct om_file *f, uint64_t bytes, int error)
 {
 	int code = error == ENOSPC || error == EDQUOT ? OM_EDISKFULL : -error;
 
-	om_err(code, "cannot grow %s from %" PRIu64 " to %" PRIu64 " bytes: %s", f->path, f->id.size,
-	       bytes, om_err_text(-error));
+	om_err(code, "cannot grow %s from %" PRIu64 " to %" PRIu64 " bytes: %s", f->path,
+	       f->id.size, bytes, om_err_text(-error));
 	om_err_file(f->path);
 	return code;
 }
@@ -298,7 +298,8 @@ int om_file_grow(struct om_file *f, uint64_t bytes)
 	if (bytes > INT64_MAX)
 		return grow_failed(f, bytes, EFBIG);
 	do
-		error = fallocate(f->fd, 0, (off_t)f->id.size, (off_t)(bytes - f->id.size)) ? errno : 0;
+		error = fallocate(f->fd, 0, (off_t)f->id.size, (off_t)(bytes - f->id.size)) ? errno
+		                                                                            : 0;
 	while (error == EINTR);
 	if (error == EOPNOTSUPP || error == ENOSYS)
 		error = ftruncate(f->fd, (off_t)bytes) ? errno : 0;
@@ -327,8 +328,8 @@ int om_file_free_bytes(struct om_file *f, uint64_t *ret_bytes)
 
 static int changed(const struct om_file *f, const char *what, uint64_t was, uint64_t is)
 {
-	om_err(OM_ECORRUPT, "%s changed since it was opened: %s was %" PRIu64 ", is %" PRIu64, f->path,
-	       what, was, is);
+	om_err(OM_ECORRUPT, "%s changed since it was opened: %s was %" PRIu64 ", is %" PRIu64,
+	       f->path, what, was, is);
 	om_err_file(f->path);
 	return OM_ECORRUPT;
 }

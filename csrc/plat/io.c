@@ -19,16 +19,16 @@
 #include "base/om_error.h"
 #include "plat/om_dev.h"
 
-#define DEFAULT_DEPTH 64
-#define MAX_DEPTH 1024
+#define DEFAULT_DEPTH   64
+#define MAX_DEPTH       1024
 #define DEFAULT_THREADS 8
-#define MAX_THREADS 64
-#define BATCH 64                      /* results taken from the back end at a time */
-#define MAX_RETRIES 16                /* EINTR, EAGAIN: attempts that moved nothing */
-#define MAX_STUCK 3                   /* attempts that moved less than one aligned step */
-#define RETRY_NS (OM_NSEC / 1000)     /* pause before starting again what could not be started */
-#define PROBE_NS (10 * OM_NSEC)
-#define PROBE_BYTES (2 * OM_PAGE)
+#define MAX_THREADS     64
+#define BATCH           64               /* results taken from the back end at a time */
+#define MAX_RETRIES     16               /* EINTR, EAGAIN: attempts that moved nothing */
+#define MAX_STUCK       3                /* attempts that moved less than one aligned step */
+#define RETRY_NS        (OM_NSEC / 1000) /* pause before starting again what could not be started */
+#define PROBE_NS        (10 * OM_NSEC)
+#define PROBE_BYTES     (2 * OM_PAGE)
 
 struct om_io {
 	const struct om_io_ops *ops;
@@ -203,7 +203,8 @@ static void drain(struct om_io *io, unsigned min, uint64_t deadline_ns)
 {
 	struct om_io_req *reqs[BATCH];
 	int results[BATCH];
-	unsigned n = io->ops->reap(io->state, reqs, results, BATCH, OM_MIN(min, BATCH), deadline_ns);
+	unsigned n =
+		io->ops->reap(io->state, reqs, results, BATCH, OM_MIN(min, BATCH), deadline_ns);
 
 	for (unsigned i = 0; i < n; i++)
 		handle(io, reqs[i], results[i]);
@@ -249,7 +250,7 @@ void om_io_wake(struct om_io *io)
 /* One transfer to its end; used by the probe only. */
 static int transfer(struct om_io *io, struct om_file *f, bool write, void *buf, uint32_t len)
 {
-	struct om_io_req req = {.file = f, .write = write, .buf = buf, .len = len, .need = len};
+	struct om_io_req req = { .file = f, .write = write, .buf = buf, .len = len, .need = len };
 	struct om_io_req *back;
 
 	om_io_submit(io, &req);
@@ -353,7 +354,8 @@ static int choose_backend(struct om_io_config *config)
 	else if (!strcmp(env, "threads"))
 		config->backend = OM_IO_THREADS;
 	else
-		return om_err(OM_EVALUE, "OMNIMEM_IO is \"%s\"; use \"uring\", \"threads\" or \"auto\"", env);
+		return om_err(OM_EVALUE,
+		              "OMNIMEM_IO is \"%s\"; use \"uring\", \"threads\" or \"auto\"", env);
 	return 0;
 }
 

@@ -22,13 +22,13 @@ struct result {
 
 struct threads {
 	struct om_mutex lock;
-	struct om_cond work;      /* a request is pending, or `stop` */
-	struct om_cond done;      /* `want` results are there, or `woken` */
-	struct om_list pending;   /* of om_io_req.link */
-	struct result *results;   /* a ring of `depth` */
-	unsigned first, count;    /* of results */
-	unsigned want;            /* the owner sleeps until there are as many; 0: it does not sleep */
-	unsigned flying, depth;   /* submitted and not yet reaped, at most depth */
+	struct om_cond work;    /* a request is pending, or `stop` */
+	struct om_cond done;    /* `want` results are there, or `woken` */
+	struct om_list pending; /* of om_io_req.link */
+	struct result *results; /* a ring of `depth` */
+	unsigned first, count;  /* of results */
+	unsigned want;          /* the owner sleeps until there are as many; 0: it does not sleep */
+	unsigned flying, depth; /* submitted and not yet reaped, at most depth */
 	bool stop, woken;
 	unsigned started;
 	pthread_t *workers;
@@ -62,7 +62,7 @@ static void *work(void *arg)
 		int value = transfer(req);
 
 		om_mutex_lock(&t->lock);
-		t->results[(t->first + t->count++) % t->depth] = (struct result){req, value};
+		t->results[(t->first + t->count++) % t->depth] = (struct result){ req, value };
 		if (t->want && t->count >= t->want)
 			om_cond_signal(&t->done);
 	}

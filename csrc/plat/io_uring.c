@@ -27,7 +27,7 @@ static int create(const struct om_io_config *config, void **ret_state, char *rea
 	return om_err(-ENOSYS, "omnimem was built without liburing");
 }
 
-const struct om_io_ops om_io_uring_ops = {.name = "uring", .create = create};
+const struct om_io_ops om_io_uring_ops = { .name = "uring", .create = create };
 
 #else
 
@@ -39,7 +39,7 @@ const struct om_io_ops om_io_uring_ops = {.name = "uring", .create = create};
 #include <time.h>
 #include <unistd.h>
 
-#define WAKE_DATA UINT64_MAX
+#define WAKE_DATA    UINT64_MAX
 /* What is prepared goes to the kernel at once when it is worth a system call. Within one call the
  * block layer holds requests back to merge them, so that a batch of large ones starts late: 15 to
  * 20 % of a fast disk's throughput at 16 MiB in flight. Small ones wait for each other. */
@@ -58,10 +58,10 @@ struct uring {
 	unsigned depth, flying;
 	uint32_t free_slot; /* head of the free list; depth: none */
 	int wake_fd;
-	unsigned polls;     /* of wake_fd, in the ring */
-	uint32_t prepared;  /* submission entries so far; wraps */
-	uint64_t unsent;    /* bytes of the transfers prepared since the last entry into the kernel */
-	int broken;         /* the code with which the kernel refuses to be entered, else 0 */
+	unsigned polls;    /* of wake_fd, in the ring */
+	uint32_t prepared; /* submission entries so far; wraps */
+	uint64_t unsent; /* bytes of the transfers prepared since the last entry into the kernel */
+	int broken;      /* the code with which the kernel refuses to be entered, else 0 */
 };
 
 /* ---- creation ---- */
@@ -70,10 +70,10 @@ static const struct {
 	unsigned flags;
 	const char *name;
 } ladder[] = {
-	{IORING_SETUP_SUBMIT_ALL | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
-         "SINGLE_ISSUER, DEFER_TASKRUN"},
-	{IORING_SETUP_SUBMIT_ALL | IORING_SETUP_COOP_TASKRUN, "COOP_TASKRUN"},
-	{0, "no flags"},
+	{ IORING_SETUP_SUBMIT_ALL | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
+	  "SINGLE_ISSUER, DEFER_TASKRUN" },
+	{ IORING_SETUP_SUBMIT_ALL | IORING_SETUP_COOP_TASKRUN, "COOP_TASKRUN" },
+	{ 0, "no flags" },
 };
 
 static int sysctl_disabled(void)
@@ -95,21 +95,24 @@ static int denied(int code)
 	int sysctl = sysctl_disabled();
 
 	if (code == -EPERM && sysctl > 0)
-		return om_err(code,
-		              "the sysctl kernel.io_uring_disabled is %d: set it to 0%s to allow io_uring",
-		              sysctl,
-		              sysctl == 1 ? " or join the group of kernel.io_uring_group" : "");
+		return om_err(
+			code,
+			"the sysctl kernel.io_uring_disabled is %d: set it to 0%s to allow io_uring",
+			sysctl, sysctl == 1 ? " or join the group of kernel.io_uring_group" : "");
 	if (code == -EPERM || code == -EACCES)
-		return om_err(code,
-		              "a seccomp profile or security module denies io_uring, as containers do "
-		              "by default: allow io_uring_setup, io_uring_enter and io_uring_register");
+		return om_err(
+			code,
+			"a seccomp profile or security module denies io_uring, as containers do "
+			"by default: allow io_uring_setup, io_uring_enter and io_uring_register");
 	if (code == -ENOSYS)
-		return om_err(code, "the kernel or a seccomp profile has no io_uring: use Linux 5.11 or "
-		                    "later and allow io_uring_setup, io_uring_enter and "
-		                    "io_uring_register");
+		return om_err(code,
+		              "the kernel or a seccomp profile has no io_uring: use Linux 5.11 or "
+		              "later and allow io_uring_setup, io_uring_enter and "
+		              "io_uring_register");
 	if (code == -ENOMEM)
-		return om_err(code, "no memory for an io_uring: raise RLIMIT_MEMLOCK (ulimit -l) or the "
-		                    "memory limit of the cgroup");
+		return om_err(code,
+		              "no memory for an io_uring: raise RLIMIT_MEMLOCK (ulimit -l) or the "
+		              "memory limit of the cgroup");
 	return om_err(code, "cannot create an io_uring: %s", om_err_text(code));
 }
 
@@ -126,7 +129,8 @@ static int open_ring(struct uring *u, char *reason, unsigned reason_size)
 	if (code)
 		return denied(code);
 	if (!(u->ring.features & IORING_FEAT_EXT_ARG) || !(u->ring.features & IORING_FEAT_NODROP))
-		code = om_err(-ENOSYS, "this kernel's io_uring is too old: use Linux 5.11 or later");
+		code = om_err(-ENOSYS,
+		              "this kernel's io_uring is too old: use Linux 5.11 or later");
 	else if ((code = io_uring_ring_dontfork(&u->ring)))
 		code = om_err(code, "cannot keep the io_uring from forked children: %s",
 		              om_err_text(code));
@@ -245,7 +249,8 @@ static unsigned take(struct uring *u, struct om_io_req **ret, int *results, unsi
 	struct io_uring_cqe *cqe;
 	unsigned head, seen = 0, n = 0;
 
-	io_uring_for_each_cqe(&u->ring, head, cqe) {
+	io_uring_for_each_cqe(&u->ring, head, cqe)
+	{
 		uint64_t data = cqe->user_data;
 		uint32_t i = (uint32_t)data;
 
@@ -255,7 +260,8 @@ static unsigned take(struct uring *u, struct om_io_req **ret, int *results, unsi
 		if (data == WAKE_DATA) {
 			u->polls--;
 			*ret_woken = true;
-		} else if (i < u->depth && u->slots[i].req && u->slots[i].generation == data >> 32) {
+		} else if (i < u->depth && u->slots[i].req &&
+		           u->slots[i].generation == data >> 32) {
 			results[n] = cqe->res;
 			ret[n++] = free_slot(u, i);
 		}
@@ -284,7 +290,7 @@ static void pause_until(uint64_t deadline_ns)
 	uint64_t now = om_now(), most = OM_NSEC / 1000;
 
 	if (deadline_ns > now) {
-		struct timespec ts = {.tv_nsec = (long)OM_MIN(deadline_ns - now, most)};
+		struct timespec ts = { .tv_nsec = (long)OM_MIN(deadline_ns - now, most) };
 
 		nanosleep(&ts, NULL);
 	}
@@ -298,8 +304,8 @@ static void enter(struct uring *u, unsigned want, uint64_t deadline_ns)
 
 	u->unsent = 0;
 	left = OM_MIN(left, 3600 * OM_NSEC); /* "for ever" would overflow the kernel's clock */
-	struct __kernel_timespec ts = {.tv_sec = (long long)(left / OM_NSEC),
-	                               .tv_nsec = (long long)(left % OM_NSEC)};
+	struct __kernel_timespec ts = { .tv_sec = (long long)(left / OM_NSEC),
+		                        .tv_nsec = (long long)(left % OM_NSEC) };
 	int code;
 
 	if (want && left)

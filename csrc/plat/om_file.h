@@ -22,8 +22,8 @@ struct om_file {
 	int fd, fd_direct;
 	uint32_t align;
 	struct om_file_id id;
-	unsigned refs;   /* atomic */
-	bool refused;    /* atomic: O_DIRECT was refused at open or at transfer */
+	unsigned refs; /* atomic */
+	bool refused;  /* atomic: O_DIRECT was refused at open or at transfer */
 	bool writable;
 };
 

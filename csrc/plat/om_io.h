@@ -28,16 +28,16 @@ struct om_io_req {
 	struct om_file *file;
 	bool write;
 	void *buf;
-	uint32_t len;      /* aligned superset when the file is direct */
-	uint32_t need;     /* of len, the bytes that must exist: the superset's tail may pass the end
+	uint32_t len;  /* aligned superset when the file is direct */
+	uint32_t need; /* of len, the bytes that must exist: the superset's tail may pass the end
 	                    * of the file, and a read may end anywhere at or after `need` */
 	uint64_t offset;
 	/* set by om_io when the request comes back */
-	int code;          /* 0, or -errno */
+	int code; /* 0, or -errno */
 	/* owned by om_io in between */
-	uint32_t done;     /* bytes moved so far */
-	uint16_t retries;  /* attempts that moved nothing */
-	int fd;            /* of the attempt in flight */
+	uint32_t done;    /* bytes moved so far */
+	uint16_t retries; /* attempts that moved nothing */
+	int fd;           /* of the attempt in flight */
 	struct om_list link;
 };
 
@@ -45,7 +45,7 @@ enum om_io_backend { OM_IO_AUTO, OM_IO_URING, OM_IO_THREADS };
 
 struct om_io_config {
 	enum om_io_backend backend;
-	const char *directory; /* where the probe writes its few KiB (NULL: the default directory) */
+	const char *directory; /* of the probe's few KiB (NULL: the default directory) */
 	unsigned depth;        /* requests in flight at most; 0: 64 */
 	unsigned threads;      /* of the thread back end; 0: 8 */
 };
@@ -89,8 +89,8 @@ struct om_io_ops {
 	int (*submit)(void *state, struct om_io_req *req);
 	/* As om_io_reap; results[i] is the byte count or -errno of ret[i]'s attempt. May return early
 	 * with less than `min`. */
-	unsigned (*reap)(void *state, struct om_io_req **ret, int *results, unsigned max, unsigned min,
-	                 uint64_t deadline_ns);
+	unsigned (*reap)(void *state, struct om_io_req **ret, int *results, unsigned max,
+	                 unsigned min, uint64_t deadline_ns);
 	void (*wake)(void *state); /* from any thread: the running or the next reap returns early */
 };
 extern const struct om_io_ops om_io_uring_ops, om_io_threads_ops;

@@ -10,26 +10,25 @@
 
 #include "base/om_error.h"
 
-#define CHECK(cond)                                                                     \
-	do {                                                                            \
-		if (!(cond)) {                                                          \
-			fprintf(stderr, "%s:%d: CHECK(%s) failed; last error: %d %s\n", \
-			        __FILE__, __LINE__, #cond, om_err_last()->code,         \
-			        om_err_last()->text);                                   \
-			exit(1);                                                        \
-		}                                                                       \
+#define CHECK(cond)                                                                               \
+	do {                                                                                      \
+		if (!(cond)) {                                                                    \
+			fprintf(stderr, "%s:%d: CHECK(%s) failed; last error: %d %s\n", __FILE__, \
+			        __LINE__, #cond, om_err_last()->code, om_err_last()->text);       \
+			exit(1);                                                                  \
+		}                                                                                 \
 	} while (0)
 
 /* Two integers that must be equal; both are printed. */
-#define CHECK_EQ(a, b)                                                                       \
-	do {                                                                                 \
-		long long om_a_ = (long long)(a), om_b_ = (long long)(b);                    \
-		if (om_a_ != om_b_) {                                                        \
-			fprintf(stderr, "%s:%d: %s is %lld, %s is %lld; last error: %d %s\n", \
-			        __FILE__, __LINE__, #a, om_a_, #b, om_b_,                    \
-			        om_err_last()->code, om_err_last()->text);                   \
-			exit(1);                                                             \
-		}                                                                            \
+#define CHECK_EQ(a, b)                                                                         \
+	do {                                                                                   \
+		long long om_a_ = (long long)(a), om_b_ = (long long)(b);                      \
+		if (om_a_ != om_b_) {                                                          \
+			fprintf(stderr, "%s:%d: %s is %lld, %s is %lld; last error: %d %s\n",  \
+			        __FILE__, __LINE__, #a, om_a_, #b, om_b_, om_err_last()->code, \
+			        om_err_last()->text);                                          \
+			exit(1);                                                               \
+		}                                                                              \
 	} while (0)
 
 /* A small, seeded generator (xorshift64*): the same run every time. */

@@ -9,7 +9,7 @@
 #include "om_test.h"
 
 #define GRANULE UINT64_C(4096)
-#define MAX_N 1024 /* granules of the model */
+#define MAX_N   1024 /* granules of the model */
 
 struct model {
 	struct om_arena *arena;
@@ -205,11 +205,11 @@ static void test_values(void)
 static void test_alloc_some(void)
 {
 	struct om_arena *a;
-	uint64_t at[9], got, expected[] = {5, 3, 1};
+	uint64_t at[9], got, expected[] = { 5, 3, 1 };
 
 	CHECK_EQ(om_arena_create(12 * GRANULE, GRANULE, &a), 0);
 	for (int i = 0; i < 9; i++) {
-		static const int sizes[] = {1, 1, 3, 1, 5, 1};
+		static const int sizes[] = { 1, 1, 3, 1, 5, 1 };
 
 		if (i < 6)
 			CHECK_EQ(om_arena_alloc(a, sizes[i] * GRANULE, 0, &at[i]), 0);
@@ -319,7 +319,7 @@ static void test_utilisation(void)
 		while (!om_arena_alloc(a, request, 0, &offset))
 			count++;
 		round = om_up(request, GRANULE);
-		CHECK_EQ(count, size / round); /* no room for one more */
+		CHECK_EQ(count, size / round);    /* no room for one more */
 		for (int i = 0; i < 20000; i++) { /* random replacement leaves it as full */
 			uint64_t at = om_test_random(&seed) % count * round;
 
@@ -327,8 +327,8 @@ static void test_utilisation(void)
 			CHECK_EQ(om_arena_alloc(a, request, 0, &offset), 0);
 		}
 		CHECK_EQ(om_arena_check(a), 0);
-		printf("2^%d+17 bytes: %.2f %% of the arena, %.2f %% with rounding to granules\n", k,
-		       100.0 * (double)(count * request) / (double)size,
+		printf("2^%d+17 bytes: %.2f %% of the arena, %.2f %% with rounding to granules\n",
+		       k, 100.0 * (double)(count * request) / (double)size,
 		       100.0 * (double)om_arena_used(a) / (double)size);
 		om_arena_destroy(a);
 	}

@@ -25,8 +25,8 @@ static void test_error_table(void)
 		int code;
 		const char *name, *text, *pyclass;
 	} rows[] = {
-#define ROW(sym, code, text, pyclass) {sym, #sym, text, pyclass},
-	        OM_ERROR_TABLE(ROW)
+#define ROW(sym, code, text, pyclass) { sym, #sym, text, pyclass },
+		OM_ERROR_TABLE(ROW)
 #undef ROW
 	};
 	int n = sizeof(rows) / sizeof(rows[0]);
@@ -212,7 +212,7 @@ static int run_in_child(void (*body)(void))
 	pid_t pid = fork();
 
 	if (pid == 0) {
-		setrlimit(RLIMIT_CORE, &(struct rlimit){0, 0});
+		setrlimit(RLIMIT_CORE, &(struct rlimit){ 0, 0 });
 		if (!freopen("/dev/null", "w", stderr))
 			_exit(2);
 		signal(SIGABRT, SIG_DFL);
@@ -305,7 +305,7 @@ static void *tell(void *arg)
 
 static void test_cond(void)
 {
-	struct meeting m = {.told = false};
+	struct meeting m = { .told = false };
 	uint64_t begin, deadline;
 	sigset_t mine;
 	pthread_t thread;

@@ -42,7 +42,8 @@ static void life(void)
 	CHECK(b->host == OM_COPY_FILLING && on(b, &group.ahead) && !on(b, &group.idle));
 	CHECK_EQ(group.used_bytes, b->mem.bytes);
 	om_block_fill_fail(b, &pool);
-	CHECK(b->host == OM_COPY_NONE && !on(b, &group.ahead) && !group.used_bytes && !pool.used_bytes);
+	CHECK(b->host == OM_COPY_NONE && !on(b, &group.ahead) && !group.used_bytes &&
+	      !pool.used_bytes);
 	begin(b);
 	om_block_lease(b);
 	CHECK(!on(b, &group.ahead));
@@ -101,8 +102,8 @@ static void origins(void)
 
 	b->ranges = om_alloc(2, sizeof(*b->ranges));
 	b->range_count = 2;
-	b->ranges[0] = (struct om_range){NULL, 4090, 20}; /* over a page's edge */
-	b->ranges[1] = (struct om_range){NULL, 4096, 10};
+	b->ranges[0] = (struct om_range){ NULL, 4090, 20 }; /* over a page's edge */
+	b->ranges[1] = (struct om_range){ NULL, 4096, 10 };
 	CHECK(om_block_clean(b));
 	CHECK_EQ(om_block_host_bytes(b), 3 * OM_PAGE);
 	b->hash_known = true;
@@ -129,12 +130,12 @@ static void foreign_memory(void)
 	struct om_foreign *f = om_alloc(1, sizeof(*f));
 
 	CHECK(f);
-	*f = (struct om_foreign){.refs = 1, .data = mine, .release = release, .context = &one};
+	*f = (struct om_foreign){ .refs = 1, .data = mine, .release = release, .context = &one };
 	om_block_adopt(b, &pool, f);
 	CHECK(b->data == mine && b->host == OM_COPY_VALID && on(b, &group.idle));
 	CHECK_EQ(group.used_bytes, 3 * OM_PAGE);
 	CHECK_EQ(pool.limit_bytes, 8 * OM_MIB - 3 * OM_PAGE); /* it counts */
-	__atomic_add_fetch(&f->refs, 1, __ATOMIC_RELAXED);     /* a lease */
+	__atomic_add_fetch(&f->refs, 1, __ATOMIC_RELAXED);    /* a lease */
 	om_block_host_drop(b, &pool);
 	CHECK_EQ(pool.limit_bytes, 8 * OM_MIB);
 	om_foreign_collect();

@@ -43,8 +43,8 @@ static long resident_pages(void *p, uint64_t bytes)
 
 static void test_map(void)
 {
-	static const uint64_t sizes[] = {OM_PAGE, 3 * OM_PAGE, OM_HUGE - OM_PAGE, OM_HUGE,
-	                                 OM_HUGE + OM_PAGE, 5 * OM_HUGE};
+	static const uint64_t sizes[] = { OM_PAGE, 3 * OM_PAGE,       OM_HUGE - OM_PAGE,
+		                          OM_HUGE, OM_HUGE + OM_PAGE, 5 * OM_HUGE };
 
 	for (unsigned i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
 		unsigned char *p, *q;
@@ -67,7 +67,7 @@ static void test_map(void)
 
 static void test_bad_sizes(void)
 {
-	static const uint64_t sizes[] = {0, 1, OM_PAGE + 1, OM_HUGE - 1};
+	static const uint64_t sizes[] = { 0, 1, OM_PAGE + 1, OM_HUGE - 1 };
 	void *p = &p;
 
 	for (unsigned i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
@@ -137,7 +137,7 @@ static void forget_populate(void)
 		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EINVAL),
 		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
 	};
-	struct sock_fprog program = {.len = 6, .filter = filter};
+	struct sock_fprog program = { .len = 6, .filter = filter };
 
 	CHECK_EQ(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
 	CHECK_EQ(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program), 0);
@@ -171,7 +171,7 @@ static void test_fork(void)
 
 static void child_limit(void *arg)
 {
-	struct rlimit limit = {.rlim_cur = 512 * OM_MIB, .rlim_max = 512 * OM_MIB};
+	struct rlimit limit = { .rlim_cur = 512 * OM_MIB, .rlim_max = 512 * OM_MIB };
 	void *p;
 
 	(void)arg;
@@ -200,7 +200,7 @@ static void *write_all(void *arg)
 /* Populating while another thread writes loses no byte of it. */
 static void test_populate_beside_writer(void)
 {
-	struct writer w = {.bytes = 8 * OM_HUGE};
+	struct writer w = { .bytes = 8 * OM_HUGE };
 	pthread_t thread;
 
 	CHECK_EQ(om_host_map(w.bytes, (void **)&w.p), 0);

@@ -116,7 +116,7 @@ static void test_check(void)
 {
 	const char *path = at("data"), *other = at("other");
 	struct om_file *f;
-	struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, {.tv_sec = 5}};
+	struct timespec times[2] = { { .tv_nsec = UTIME_OMIT }, { .tv_sec = 5 } };
 
 	put(path, "0123456789");
 	CHECK_EQ(om_file_open(path, &f), 0);
@@ -265,7 +265,7 @@ static void test_file_limit(void)
 
 	CHECK(pid >= 0);
 	if (!pid) {
-		struct rlimit limit = {.rlim_cur = OM_MIB, .rlim_max = RLIM_INFINITY};
+		struct rlimit limit = { .rlim_cur = OM_MIB, .rlim_max = RLIM_INFINITY };
 		struct om_file *f;
 		uint64_t bytes;
 
@@ -299,7 +299,8 @@ static void test_sweep(void)
 			struct om_file *f;
 
 			om_fault_arm(OM_FAULT_ALLOC, ++nth, false);
-			int code = swap ? om_file_create_swap(directory, &f) : om_file_open(path, &f);
+			int code = swap ? om_file_create_swap(directory, &f)
+			                : om_file_open(path, &f);
 			fired = om_fault_fired(OM_FAULT_ALLOC);
 			om_fault_reset();
 			CHECK_EQ(code, fired ? -ENOMEM : 0);

@@ -24,7 +24,7 @@
 #include "plat/om_dev.h"
 #include "plat/om_io.h"
 
-#define SECONDS(n) om_deadline((n) * OM_NSEC)
+#define SECONDS(n) om_deadline((n)*OM_NSEC)
 #define FILE_BYTES (UINT32_C(8) << 20)
 
 /* ThreadSanitizer refuses to start threads in a child of a process with threads. */
@@ -51,7 +51,8 @@ static uint64_t dice(uint64_t n)
 static struct om_io *io_new(unsigned depth)
 {
 	struct om_io_config config = {
-		.backend = backend, .directory = directory, .depth = depth, .threads = 4};
+		.backend = backend, .directory = directory, .depth = depth, .threads = 4
+	};
 	struct om_io *io;
 
 	CHECK_EQ(om_io_create(&config, &io), 0);
@@ -121,17 +122,22 @@ static void random_file(struct om_file *f, unsigned char *image)
 
 	for (int round = 0; round < 12; round++) {
 		for (uint32_t i = 0; i < DEPTH; i++) {
-			uint32_t at = (uint32_t)dice(stripe - 1), len = 1 + (uint32_t)dice(stripe - at);
+			uint32_t at = (uint32_t)dice(stripe - 1),
+				 len = 1 + (uint32_t)dice(stripe - at);
 			uint64_t offset = (uint64_t)i * stripe + at;
 
 			if (round % 2) { /* aligned: through O_DIRECT where there is one */
-				offset = om_up((uint64_t)i * stripe, OM_PAGE) + om_down(dice(16384), OM_PAGE);
+				offset = om_up((uint64_t)i * stripe, OM_PAGE) +
+				         om_down(dice(16384), OM_PAGE);
 				len = (uint32_t)(OM_PAGE * (1 + dice(30)));
 			}
-			reqs[i] = (struct om_io_req){.file = f,
-			                             .buf = buf + i * OM_MIB + (round % 2 ? 0 : dice(100)),
-			                             .write = f->writable && dice(2),
-			                             .len = len, .need = len, .offset = offset};
+			reqs[i] = (struct om_io_req){ .file = f,
+				                      .buf = buf + i * OM_MIB +
+				                             (round % 2 ? 0 : dice(100)),
+				                      .write = f->writable && dice(2),
+				                      .len = len,
+				                      .need = len,
+				                      .offset = offset };
 			if (reqs[i].write)
 				for (uint32_t j = 0; j < len; j++)
 					((unsigned char *)reqs[i].buf)[j] = image[offset + j] =
@@ -191,8 +197,11 @@ static void test_deep(void)
 	struct om_io *io = io_new(128);
 
 	for (uint32_t i = 0; i < N; i++) {
-		reqs[i] = (struct om_io_req){.file = f, .buf = buf + i * OM_PAGE, .len = OM_PAGE,
-		                             .need = OM_PAGE, .offset = OM_PAGE * dice(FILE_BYTES / OM_PAGE)};
+		reqs[i] = (struct om_io_req){ .file = f,
+			                      .buf = buf + i * OM_PAGE,
+			                      .len = OM_PAGE,
+			                      .need = OM_PAGE,
+			                      .offset = OM_PAGE * dice(FILE_BYTES / OM_PAGE) };
 		om_io_submit(io, &reqs[i]);
 	}
 	for (unsigned got = 0; got < N;) {
@@ -221,9 +230,9 @@ static void test_faults(void)
 		bool write;
 		int once, always; /* the code expected */
 	} rows[] = {
-		{OM_FAULT_READ, false, -EIO, -EIO},       {OM_FAULT_WRITE, true, -EIO, -EIO},
-		{OM_FAULT_SHORT, false, 0, 0},            {OM_FAULT_SHORT, true, 0, 0},
-		{OM_FAULT_SUBMIT, false, 0, -EAGAIN},     {OM_FAULT_SUBMIT, true, 0, -EAGAIN},
+		{ OM_FAULT_READ, false, -EIO, -EIO },   { OM_FAULT_WRITE, true, -EIO, -EIO },
+		{ OM_FAULT_SHORT, false, 0, 0 },        { OM_FAULT_SHORT, true, 0, 0 },
+		{ OM_FAULT_SUBMIT, false, 0, -EAGAIN }, { OM_FAULT_SUBMIT, true, 0, -EAGAIN },
 	};
 	unsigned char *image = map(FILE_BYTES), *buf = map(OM_MIB);
 	struct om_file *f = swap_new(directory, image);
@@ -232,12 +241,18 @@ static void test_faults(void)
 	for (int direct = 1; direct >= 0; direct--) {
 		for (unsigned r = 0; r < sizeof(rows) / sizeof(rows[0]); r++)
 			for (int sticky = 0; sticky < 2; sticky++) {
-				struct om_io_req req = {.file = f, .write = rows[r].write, .buf = buf,
-				                        .len = 300 * 1024, .need = 300 * 1024, .offset = OM_MIB};
+				struct om_io_req req = { .file = f,
+					                 .write = rows[r].write,
+					                 .buf = buf,
+					                 .len = 300 * 1024,
+					                 .need = 300 * 1024,
+					                 .offset = OM_MIB };
 				int want = sticky ? rows[r].always : rows[r].once;
 
 				for (uint32_t i = 0; i < req.len; i++)
-					buf[i] = rows[r].write ? (image[OM_MIB + i] = (unsigned char)dice(256)) : 0;
+					buf[i] = rows[r].write ? (image[OM_MIB + i] =
+					                                  (unsigned char)dice(256))
+					                       : 0;
 				om_fault_arm(rows[r].point, 1, sticky);
 				CHECK_EQ(transfer(io, &req), want);
 				CHECK(om_fault_fired(rows[r].point) >= 1);
@@ -251,7 +266,9 @@ static void test_faults(void)
 			}
 		om_file_refuse_direct(f);
 	}
-	struct om_io_req req = {.file = f, .buf = buf, .len = 4096, .need = 4096, .offset = OM_MIB};
+	struct om_io_req req = {
+		.file = f, .buf = buf, .len = 4096, .need = 4096, .offset = OM_MIB
+	};
 	CHECK_EQ(transfer(io, &req), 0);
 	memcpy(image, buf, 4096);
 	om_fault_arm(OM_FAULT_FLIP, 1, false);
@@ -281,9 +298,12 @@ static void test_short_nth(void)
 		om_fault_arm(OM_FAULT_SHORT, nth, nth % 2);
 		for (uint32_t i = 0; i < 8; i++) {
 			uint32_t len = (uint32_t)(OM_PAGE * (1 + dice(250)));
-			reqs[i] = (struct om_io_req){.file = f, .buf = buf + i * OM_MIB, .len = len,
-			                             .need = len - 5,
-			                             .offset = OM_PAGE * dice((FILE_BYTES - len) / OM_PAGE)};
+			reqs[i] = (struct om_io_req){ .file = f,
+				                      .buf = buf + i * OM_MIB,
+				                      .len = len,
+				                      .need = len - 5,
+				                      .offset = OM_PAGE * dice((FILE_BYTES - len) /
+				                                               OM_PAGE) };
 			om_io_submit(io, &reqs[i]);
 		}
 		drain_all(io, back, 8);
@@ -309,7 +329,7 @@ static void test_end_of_file(void)
 	struct om_io *io = io_new(0);
 
 	for (int direct = 1; direct >= 0; direct--) {
-		struct om_io_req req = {.file = f, .buf = buf, .len = OM_MIB, .need = size};
+		struct om_io_req req = { .file = f, .buf = buf, .len = OM_MIB, .need = size };
 
 		CHECK_EQ(transfer(io, &req), 0);
 		CHECK(!memcmp(buf, image, size));
@@ -329,7 +349,7 @@ static void test_end_of_file(void)
 	}
 	CHECK_EQ(om_file_check(f), 0);
 	CHECK_EQ(truncate(path, 5000), 0);
-	struct om_io_req req = {.file = f, .buf = buf, .len = OM_MIB, .need = size};
+	struct om_io_req req = { .file = f, .buf = buf, .len = OM_MIB, .need = size };
 	CHECK_EQ(transfer(io, &req), -ENODATA);
 	req.need = req.len = 5000;
 	CHECK_EQ(transfer(io, &req), 0);
@@ -337,7 +357,7 @@ static void test_end_of_file(void)
 	CHECK_EQ(om_file_check(f), OM_ECORRUPT);
 	om_file_unref(f);
 	CHECK_EQ(om_file_open(path, &f), 0); /* direct again, 5000 bytes */
-	req = (struct om_io_req){.file = f, .buf = buf, .len = 8192, .need = 5001};
+	req = (struct om_io_req){ .file = f, .buf = buf, .len = 8192, .need = 5001 };
 	CHECK_EQ(transfer(io, &req), -ENODATA);
 	req.need = 5000;
 	CHECK_EQ(transfer(io, &req), 0);
@@ -354,7 +374,7 @@ static void test_bad_requests(void)
 	char path[128];
 	struct om_file *f = file_new(path, sizeof(path), image, 8192);
 	struct om_io *io = io_new(0);
-	struct om_io_req req = {.file = f, .buf = image, .len = 0};
+	struct om_io_req req = { .file = f, .buf = image, .len = 0 };
 
 	CHECK_EQ(transfer(io, &req), -EINVAL);
 	req.len = OM_IO_MAX_REQUEST + 4096;
@@ -380,7 +400,7 @@ static void test_refusal(void)
 	char path[128];
 	struct om_file *f = file_new(path, sizeof(path), image, OM_MIB);
 	struct om_io *io = io_new(0);
-	struct om_io_req req = {.file = f, .buf = buf, .len = 1000, .need = 1000, .offset = 7};
+	struct om_io_req req = { .file = f, .buf = buf, .len = 1000, .need = 1000, .offset = 7 };
 
 	CHECK_EQ(transfer(io, &req), 0); /* odd: buffered, and nothing is refused for it */
 	CHECK(!memcmp(buf, image + 7, 1000));
@@ -419,12 +439,14 @@ static void child_file_limit(void)
 	struct om_io *io = io_new(0);
 	unsigned char *buf = map(OM_MIB);
 	struct om_file *f;
-	struct rlimit limit = {.rlim_cur = OM_MIB + 300 * 1024, .rlim_max = RLIM_INFINITY};
+	struct rlimit limit = { .rlim_cur = OM_MIB + 300 * 1024, .rlim_max = RLIM_INFINITY };
 
 	signal(SIGXFSZ, SIG_IGN);
 	CHECK_EQ(om_file_create_swap(directory, &f), 0);
 	CHECK_EQ(setrlimit(RLIMIT_FSIZE, &limit), 0);
-	struct om_io_req req = {.file = f, .write = true, .buf = buf, .len = OM_MIB, .need = OM_MIB};
+	struct om_io_req req = {
+		.file = f, .write = true, .buf = buf, .len = OM_MIB, .need = OM_MIB
+	};
 
 	CHECK_EQ(transfer(io, &req), 0);
 	req.offset = OM_MIB; /* only a part fits */
@@ -461,7 +483,7 @@ static void test_wake(void)
 	struct om_io_req reqs[8], *back[8];
 	pthread_t thread;
 	int pipes[2];
-	struct om_file fake = {.path = "pipe", .align = 1, .fd_direct = -1, .refs = 1};
+	struct om_file fake = { .path = "pipe", .align = 1, .fd_direct = -1, .refs = 1 };
 	char bytes[8];
 
 	CHECK_EQ(om_io_reap(io, back, 8, 1, SECONDS(0)), 0); /* a deadline that has passed */
@@ -480,7 +502,8 @@ static void test_wake(void)
 	CHECK_EQ(pipe(pipes), 0);
 	fake.fd = pipes[0];
 	for (int i = 0; i < 3; i++) {
-		reqs[i] = (struct om_io_req){.file = &fake, .buf = bytes + i, .len = 1, .need = 1};
+		reqs[i] =
+			(struct om_io_req){ .file = &fake, .buf = bytes + i, .len = 1, .need = 1 };
 		/* pread of a pipe is ESPIPE; only a ring reads it at "no offset". */
 		reqs[i].offset = UINT64_MAX;
 		if (backend == OM_IO_URING)
@@ -525,8 +548,11 @@ static void test_wake_storm(void)
 		unsigned got = 0;
 
 		for (uint32_t i = 0; i < 16; i++) {
-			reqs[i] = (struct om_io_req){.file = f, .buf = buf + i * OM_PAGE, .len = OM_PAGE,
-			                             .need = OM_PAGE, .offset = OM_PAGE * dice(256)};
+			reqs[i] = (struct om_io_req){ .file = f,
+				                      .buf = buf + i * OM_PAGE,
+				                      .len = OM_PAGE,
+				                      .need = OM_PAGE,
+				                      .offset = OM_PAGE * dice(256) };
 			om_io_submit(io, &reqs[i]);
 		}
 		while (got < 16)
@@ -556,10 +582,10 @@ static int open_descriptors(void)
 /* Creation fails at every point in turn, cleanly, until it does not. */
 static void test_create_sweep(void)
 {
-	static const enum om_fault points[] = {OM_FAULT_ALLOC, OM_FAULT_THREAD, OM_FAULT_MAP,
-	                                       OM_FAULT_SUBMIT, OM_FAULT_READ, OM_FAULT_WRITE,
-	                                       OM_FAULT_SHORT, OM_FAULT_FLIP, OM_FAULT_NOSPC};
-	struct om_io_config config = {.backend = backend, .directory = directory, .threads = 3};
+	static const enum om_fault points[] = { OM_FAULT_ALLOC,  OM_FAULT_THREAD, OM_FAULT_MAP,
+		                                OM_FAULT_SUBMIT, OM_FAULT_READ,   OM_FAULT_WRITE,
+		                                OM_FAULT_SHORT,  OM_FAULT_FLIP,   OM_FAULT_NOSPC };
+	struct om_io_config config = { .backend = backend, .directory = directory, .threads = 3 };
 	int before = open_descriptors();
 
 	for (unsigned p = 0; p < sizeof(points) / sizeof(points[0]); p++)
@@ -573,7 +599,8 @@ static void test_create_sweep(void)
 				int code = om_io_create(&config, &io);
 				fired = om_fault_fired(points[p]);
 				om_fault_reset();
-				CHECK(code ? !io && fired && om_err_last()->code == code : io != NULL);
+				CHECK(code ? !io && fired && om_err_last()->code == code
+				           : io != NULL);
 				om_io_destroy(io);
 			} while (fired);
 			CHECK(nth < 100);
@@ -604,7 +631,7 @@ static void test_fork(void)
 	struct om_file *f = file_new(path, sizeof(path), image, OM_MIB);
 
 	forked_io = io_new(4);
-	forked_req = (struct om_io_req){.file = f, .buf = image, .len = 4096, .need = 4096};
+	forked_req = (struct om_io_req){ .file = f, .buf = image, .len = 4096, .need = 4096 };
 	CHECK_EQ(transfer(forked_io, &forked_req), 0);
 	in_child(child_of_fork);
 	CHECK_EQ(transfer(forked_io, &forked_req), 0); /* the parent's lives on */
@@ -624,8 +651,11 @@ static void test_destroy(void)
 
 	om_io_destroy(NULL);
 	for (uint32_t i = 0; i < 8; i++) {
-		reqs[i] = (struct om_io_req){.file = f, .buf = buf + i * OM_MIB, .len = OM_MIB,
-		                             .need = OM_MIB, .offset = i * OM_MIB};
+		reqs[i] = (struct om_io_req){ .file = f,
+			                      .buf = buf + i * OM_MIB,
+			                      .len = OM_MIB,
+			                      .need = OM_MIB,
+			                      .offset = i * OM_MIB };
 		om_io_submit(io, &reqs[i]);
 	}
 	om_io_reap(io, back, 8, 0, 0);
@@ -640,7 +670,7 @@ static void test_destroy(void)
 
 static void check_denied(const char *word)
 {
-	struct om_io_config config = {.backend = OM_IO_AUTO, .directory = directory};
+	struct om_io_config config = { .backend = OM_IO_AUTO, .directory = directory };
 	struct om_io *io;
 
 	unsetenv("OMNIMEM_IO");
@@ -677,7 +707,7 @@ static void deny(int number, int error)
 		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | (unsigned)error),
 		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
 	};
-	struct sock_fprog program = {.len = 4, .filter = filter};
+	struct sock_fprog program = { .len = 4, .filter = filter };
 
 	CHECK_EQ(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
 	CHECK_EQ(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program), 0);
@@ -719,7 +749,7 @@ static void test_selection(void)
 
 static void test_environment(bool have_uring)
 {
-	struct om_io_config config = {.backend = OM_IO_AUTO, .directory = directory};
+	struct om_io_config config = { .backend = OM_IO_AUTO, .directory = directory };
 	struct om_io *io;
 
 	setenv("OMNIMEM_IO", "threads", 1);
@@ -746,13 +776,19 @@ static void run_all(void)
 		const char *name;
 		void (*run)(void);
 	} tests[] = {
-		{"random", test_random},         {"deep", test_deep},
-		{"faults", test_faults},         {"short_nth", test_short_nth},
-		{"end_of_file", test_end_of_file}, {"bad_requests", test_bad_requests},
-		{"refusal", test_refusal},       {"file_limit", test_file_limit},
-		{"wake", test_wake},             {"wake_storm", test_wake_storm},
-		{"create_sweep", test_create_sweep}, {"fork", test_fork},
-		{"destroy", test_destroy},
+		{ "random", test_random },
+		{ "deep", test_deep },
+		{ "faults", test_faults },
+		{ "short_nth", test_short_nth },
+		{ "end_of_file", test_end_of_file },
+		{ "bad_requests", test_bad_requests },
+		{ "refusal", test_refusal },
+		{ "file_limit", test_file_limit },
+		{ "wake", test_wake },
+		{ "wake_storm", test_wake_storm },
+		{ "create_sweep", test_create_sweep },
+		{ "fork", test_fork },
+		{ "destroy", test_destroy },
 	};
 
 	for (unsigned i = 0; i < sizeof(tests) / sizeof(tests[0]); i++) {
@@ -764,7 +800,7 @@ static void run_all(void)
 
 int main(void)
 {
-	struct om_io_config config = {.backend = OM_IO_URING, .directory = directory};
+	struct om_io_config config = { .backend = OM_IO_URING, .directory = directory };
 	struct om_io *io;
 	bool have_uring;
 	char path[128];

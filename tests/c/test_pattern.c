@@ -29,7 +29,7 @@ static void declared_order(void)
 
 static void learns_another_order(void)
 {
-	static const uint32_t order[] = {4, 2, 0, 3};
+	static const uint32_t order[] = { 4, 2, 0, 3 };
 	struct om_pattern p;
 
 	CHECK_EQ(om_pattern_init(&p, 5), 0);

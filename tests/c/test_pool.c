@@ -41,7 +41,7 @@ static void give(struct om_pool *p, struct om_extent *e)
 
 static void refuse(struct om_pool *p, uint64_t bytes)
 {
-	struct om_extent e = {.bytes = 1};
+	struct om_extent e = { .bytes = 1 };
 	uint64_t live = p->mapped_bytes - p->cached_bytes, cached = p->cached_bytes;
 
 	CHECK(!om_pool_fits(p, bytes));
@@ -182,10 +182,10 @@ static void test_reuse(void)
 	CHECK(!unmapped((char *)b.ptr + b.bytes - OM_PAGE));
 	CHECK(unmapped((char *)b.ptr + b.bytes));
 	/* Nothing cached is large enough: cached ones go, longest idle first, until it fits. */
-	give(&p, &d);               /* 9 */
-	give(&p, &b);               /* 8.5 */
-	give(&p, &c);               /* 11 */
-	a = take(&p, 12 * MIB);     /* 28.5 + 12 is above 40: the 9 goes */
+	give(&p, &d);           /* 9 */
+	give(&p, &b);           /* 8.5 */
+	give(&p, &c);           /* 11 */
+	a = take(&p, 12 * MIB); /* 28.5 + 12 is above 40: the 9 goes */
 	CHECK_EQ(p.cached_bytes, 19 * MIB + MIB / 2);
 	CHECK_EQ(p.mapped_bytes, 31 * MIB + MIB / 2);
 	/* The smallest of those that are large enough is cut. */
@@ -193,8 +193,8 @@ static void test_reuse(void)
 	CHECK(d.ptr == base_a);
 	CHECK_EQ(d.bytes, 8 * MIB + MIB / 2); /* within 1.25x: whole */
 	give(&p, &d);
-	b = take(&p, 5 * MIB);      /* room: mapped anew */
-	d = take(&p, 6 * MIB);      /* none: 8.5, not 11, is cut */
+	b = take(&p, 5 * MIB); /* room: mapped anew */
+	d = take(&p, 6 * MIB); /* none: 8.5, not 11, is cut */
 	CHECK(d.ptr == base_a);
 	CHECK_EQ(d.bytes, 6 * MIB);
 	CHECK_EQ(p.cached_bytes, 11 * MIB);
@@ -297,7 +297,8 @@ static void test_random(unsigned long long seed)
 	memset(e, 0, sizeof(e));
 	om_pool_init(&p, 48 * MIB);
 	for (int i = 0; i < 3000; i++) {
-		unsigned k = om_test_random(&seed) % MAX_EXTENTS, dice = om_test_random(&seed) % 100;
+		unsigned k = om_test_random(&seed) % MAX_EXTENTS,
+			 dice = om_test_random(&seed) % 100;
 		uint64_t bytes = 1 + om_test_random(&seed) % (dice < 60 ? OM_POOL_SMALL : 6 * MIB);
 
 		if (dice == 99) {
@@ -316,7 +317,8 @@ static void test_random(unsigned long long seed)
 			CHECK_EQ(code, fits ? 0 : OM_ELIMIT);
 			if (!code) {
 				CHECK(e[k].bytes >= bytes);
-				CHECK(bytes <= OM_POOL_SMALL || e[k].bytes <= om_up(bytes, OM_PAGE) * 5 / 4);
+				CHECK(bytes <= OM_POOL_SMALL ||
+				      e[k].bytes <= om_up(bytes, OM_PAGE) * 5 / 4);
 				*(uint32_t *)e[k].ptr = k + 1;
 				*(uint32_t *)((char *)e[k].ptr + e[k].bytes - 4) = k + 1;
 				CHECK(p.mapped_bytes <= p.limit_bytes || e[k].segment->arena);
@@ -335,7 +337,8 @@ static void test_random(unsigned long long seed)
 /* One scenario with the nth pass of `point` failing; true when it fired. */
 static bool fault_run(enum om_fault point, uint64_t nth, bool sticky)
 {
-	static const uint64_t sizes[] = {4096, 3 * MIB, 5 * MIB, 256 << 10, 8 * MIB, 100, 2 * MIB, 9 * MIB};
+	static const uint64_t sizes[] = { 4096,    3 * MIB, 5 * MIB, 256 << 10,
+		                          8 * MIB, 100,     2 * MIB, 9 * MIB };
 	struct om_extent e[8];
 	struct om_pool p;
 	int code;
@@ -373,7 +376,7 @@ static bool fault_run(enum om_fault point, uint64_t nth, bool sticky)
 
 static void test_faults(void)
 {
-	static const enum om_fault points[] = {OM_FAULT_ALLOC, OM_FAULT_MAP};
+	static const enum om_fault points[] = { OM_FAULT_ALLOC, OM_FAULT_MAP };
 
 	for (int i = 0; i < 2; i++) {
 		for (int sticky = 0; sticky < 2; sticky++) {
@@ -425,7 +428,7 @@ static void test_check_sees(void)
 {
 	struct om_pool p;
 	struct om_extent a, b;
-	uint64_t *sums[] = {&p.used_bytes, &p.mapped_bytes, &p.cached_bytes};
+	uint64_t *sums[] = { &p.used_bytes, &p.mapped_bytes, &p.cached_bytes };
 
 	om_pool_init(&p, 64 * MIB);
 	a = take(&p, 4096);

@@ -16,8 +16,10 @@ static int backend;
 
 static struct om_store *open_store(uint64_t host, uint64_t disk)
 {
-	struct om_store_config c = {
-	    .host_limit_bytes = host, .disk_limit_bytes = disk, .directory = dir, .backend = backend};
+	struct om_store_config c = { .host_limit_bytes = host,
+		                     .disk_limit_bytes = disk,
+		                     .directory = dir,
+		                     .backend = backend };
 	struct om_store *s;
 
 	CHECK_EQ(om_store_create(&c, &s), 0);
@@ -84,7 +86,8 @@ static void writes_that_fail_are_told(void)
 	CHECK(!om_store_contains(s, "c"));
 	add(s, "c", NULL, 900000);
 	for (int i = 0; i < 3; i++) {
-		CHECK_EQ(om_store_lease(s, (const char *[]){"a", "b", "c"}[i], false, SOON, &l), 0);
+		CHECK_EQ(om_store_lease(s, (const char *[]){ "a", "b", "c" }[i], false, SOON, &l),
+		         0);
 		CHECK(memcmp(om_lease_data(l), data, 900000) == 0);
 		om_lease_unref(l);
 	}
@@ -113,7 +116,8 @@ static void leased_blocks_are_named(void)
 	add(s, "b", NULL, 900000);
 	CHECK_EQ(om_store_lease(s, "a", false, SOON, &a), 0);
 	CHECK_EQ(om_store_lease(s, "b", false, SOON, &b), 0);
-	CHECK_EQ(om_store_add(s, "c", NULL, data, 900000, NULL, om_deadline(OM_NSEC / 100)), OM_EBUSY);
+	CHECK_EQ(om_store_add(s, "c", NULL, data, 900000, NULL, om_deadline(OM_NSEC / 100)),
+	         OM_EBUSY);
 	CHECK(!strcmp(om_err_last()->holders, "a (1 leases, 0 views)\nb (1 leases, 0 views)"));
 	CHECK_EQ(om_store_evict(s, "a", SOON), 0);
 	om_lease_unref(a);

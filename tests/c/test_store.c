@@ -18,8 +18,10 @@ static int backend;
 
 static struct om_store *open_store(uint64_t host, uint64_t disk)
 {
-	struct om_store_config c = {
-	    .host_limit_bytes = host, .disk_limit_bytes = disk, .directory = dir, .backend = backend};
+	struct om_store_config c = { .host_limit_bytes = host,
+		                     .disk_limit_bytes = disk,
+		                     .directory = dir,
+		                     .backend = backend };
 	struct om_store *s;
 	int code = om_store_create(&c, &s);
 
@@ -90,9 +92,11 @@ static void swap_round_trip(void)
 static void read_in_place(void)
 {
 	struct om_store *s = open_store(4 << 20, 0);
-	struct om_file_range one = {path, 12345, 1500000};
-	struct om_file_range three[] = {{path, 100, 5000}, {path, 1000000, 777}, {path, 3000001, 70001}};
-	struct om_file_range none = {path, 4096, 0}, beyond = {path, sizeof(image) - 10, 11};
+	struct om_file_range one = { path, 12345, 1500000 };
+	struct om_file_range three[] = { { path, 100, 5000 },
+		                         { path, 1000000, 777 },
+		                         { path, 3000001, 70001 } };
+	struct om_file_range none = { path, 4096, 0 }, beyond = { path, sizeof(image) - 10, 11 };
 	uint8_t *joined = malloc(5000 + 777 + 70001);
 	struct om_stats before, after;
 	struct om_lease *l;
@@ -143,14 +147,14 @@ static void read_in_place(void)
 /* One run of everything with a fault armed: each step may fail, none may give wrong bytes. */
 static int faulty_run(enum om_fault point, uint64_t nth, bool sticky)
 {
-	struct om_store_config c = {.host_limit_bytes = 2 << 20,
-	                            .disk_limit_bytes = 64 << 20,
-	                            .directory = dir,
-	                            .backend = backend};
-	struct om_file_range range = {path, 12345, 900000};
+	struct om_store_config c = { .host_limit_bytes = 2 << 20,
+		                     .disk_limit_bytes = 64 << 20,
+		                     .directory = dir,
+		                     .backend = backend };
+	struct om_file_range range = { path, 12345, 900000 };
 	struct om_store *s;
 	char name[16];
-	bool added[4] = {false};
+	bool added[4] = { false };
 	int fired;
 
 	om_fault_arm(point, nth, sticky);
@@ -175,7 +179,8 @@ static int faulty_run(enum om_fault point, uint64_t nth, bool sticky)
 		if (i == 4 ? !file : !added[i])
 			continue;
 		if (om_store_lease(s, i == 4 ? "file" : name, false, SOON, &l) == 0) {
-			CHECK(memcmp(om_lease_data(l), i == 4 ? image + 12345 : image + i, 900000) == 0);
+			CHECK(memcmp(om_lease_data(l), i == 4 ? image + 12345 : image + i,
+			             900000) == 0);
 			om_lease_unref(l);
 		}
 		check(s);
@@ -229,12 +234,12 @@ static void views_outlive_the_store(void)
 static void tickets(void)
 {
 	struct om_store *s = open_store(3 << 20, 0);
-	const char *names[] = {"a", "b", "c"};
+	const char *names[] = { "a", "b", "c" };
 	struct om_ticket *t;
 	struct om_lease *l;
 
 	for (int i = 0; i < 3; i++) {
-		struct om_file_range r = {path, (uint64_t)i * 1000003, 1000000};
+		struct om_file_range r = { path, (uint64_t)i * 1000003, 1000000 };
 
 		CHECK(om_store_add_file(s, names[i], NULL, &r, 1, NULL) == 0);
 	}
@@ -268,7 +273,8 @@ static void foreign_memory(void)
 	struct om_lease *l;
 
 	memcpy(mine, image + 9, 900003);
-	CHECK(om_store_take(s, "t", NULL, mine, 900003, NULL, release_marker, &released, SOON) == 0);
+	CHECK(om_store_take(s, "t", NULL, mine, 900003, NULL, release_marker, &released, SOON) ==
+	      0);
 	CHECK(om_store_lease(s, "t", false, SOON, &l) == 0);
 	CHECK(om_lease_data(l) == mine);
 	om_lease_unref(l);

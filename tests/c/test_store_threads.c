@@ -14,11 +14,11 @@
 #include "om_test.h"
 #include "omnimem.h"
 
-#define SOON om_deadline(20 * OM_NSEC)
-#define MSEC (OM_NSEC / 1000)
-#define THREADS 8
-#define BLOCKS 40
-#define FILES 10 /* the first ones have an origin */
+#define SOON     om_deadline(20 * OM_NSEC)
+#define MSEC     (OM_NSEC / 1000)
+#define THREADS  8
+#define BLOCKS   40
+#define FILES    10                                 /* the first ones have an origin */
 #define WORDS(i) ((size_t)9000 + 911 * (size_t)(i)) /* of block i: 72 to 356 kB */
 
 static char dir[] = "/var/tmp/omnimem-test-XXXXXX";
@@ -28,8 +28,10 @@ static bool stop; /* atomic */
 
 static struct om_store *open_store(uint64_t host, uint64_t disk)
 {
-	struct om_store_config c = {
-	    .host_limit_bytes = host, .disk_limit_bytes = disk, .directory = dir, .backend = backend};
+	struct om_store_config c = { .host_limit_bytes = host,
+		                     .disk_limit_bytes = disk,
+		                     .directory = dir,
+		                     .backend = backend };
 	struct om_store *s;
 
 	CHECK_EQ(om_store_create(&c, &s), 0);
@@ -109,7 +111,7 @@ struct worker {
 
 static int add(struct worker *w, int i)
 {
-	struct om_file_range r = {path, file_offset(i), WORDS(i) * 8};
+	struct om_file_range r = { path, file_offset(i), WORDS(i) * 8 };
 	char name[16];
 
 	name_of(i, name);
@@ -309,7 +311,7 @@ static void writers_take_turns(void)
 static void *cancel_often(void *arg)
 {
 	struct worker *w = arg;
-	const char *names[] = {"b1", "b2", "b3"};
+	const char *names[] = { "b1", "b2", "b3" };
 
 	for (int i = 0; i < 40; i++) {
 		struct om_ticket *t;
@@ -358,7 +360,7 @@ static void *wait_to_write(void *arg)
 
 static void close_under_waiters(void)
 {
-	struct om_file_range r = {path, 0, 1000000};
+	struct om_file_range r = { path, 0, 1000000 };
 	struct om_store *s = open_store(3 << 19, 0);
 	struct om_lease *held;
 	pthread_t waiters[4];
@@ -367,7 +369,8 @@ static void close_under_waiters(void)
 	CHECK_EQ(om_store_add_file(s, "big2", NULL, &r, 1, NULL), 0);
 	CHECK_EQ(om_store_lease(s, "big1", false, SOON, &held), 0);
 	for (int t = 0; t < 4; t++)
-		CHECK(pthread_create(&waiters[t], NULL, t < 3 ? wait_for_room : wait_to_write, s) == 0);
+		CHECK(pthread_create(&waiters[t], NULL, t < 3 ? wait_for_room : wait_to_write, s) ==
+		      0);
 	usleep(50000);
 	CHECK_EQ(om_store_close(s), 0);
 	for (int t = 0; t < 4; t++)
@@ -467,8 +470,9 @@ static int child_of(struct om_store *s, struct om_lease *held)
 	alarm(20);
 	om_lease_unref(held); /* harmless */
 	if (om_store_lease(s, "b1", false, SOON, &l) != OM_ECLOSED ||
-	    om_store_info(s, "b1", &info) != OM_ECLOSED || om_store_stats(s, &stats) != OM_ECLOSED ||
-	    om_store_check(s) != OM_ECLOSED || om_store_contains(s, "b1"))
+	    om_store_info(s, "b1", &info) != OM_ECLOSED ||
+	    om_store_stats(s, &stats) != OM_ECLOSED || om_store_check(s) != OM_ECLOSED ||
+	    om_store_contains(s, "b1"))
 		return 1;
 	om_store_drain(s);
 	om_store_unref(s);

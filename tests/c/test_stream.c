@@ -12,10 +12,10 @@
 #include "om_test.h"
 #include "omnimem.h"
 
-#define SOON om_deadline(20 * OM_NSEC)
-#define MSEC (OM_NSEC / 1000)
+#define SOON      om_deadline(20 * OM_NSEC)
+#define MSEC      (OM_NSEC / 1000)
 #define MAX_UNITS 8
-#define BLOCKS 3 /* of a unit: two streamed, one resident */
+#define BLOCKS    3 /* of a unit: two streamed, one resident */
 
 static char dir[] = "/var/tmp/omnimem-test-XXXXXX";
 static char path[256];
@@ -61,7 +61,7 @@ static void lay_out(struct model *m, size_t units)
 	memset(m, 0, sizeof(*m));
 	m->units = units;
 	for (size_t u = 0; u < units; u++) {
-		uint64_t sizes[BLOCKS] = {600000 + 7 * u, 350000 - 1000 * u, 20001 + u}, unit = 0;
+		uint64_t sizes[BLOCKS] = { 600000 + 7 * u, 350000 - 1000 * u, 20001 + u }, unit = 0;
 
 		snprintf(m->unit_names[u], sizeof(m->unit_names[u]), "unit%d", (int)u);
 		for (int b = 0; b < BLOCKS; b++) {
@@ -82,10 +82,10 @@ static void lay_out(struct model *m, size_t units)
 
 static int try_open(struct model *m, size_t units, const char *file_of_unit_2)
 {
-	static const bool resident[BLOCKS] = {false, false, true};
+	static const bool resident[BLOCKS] = { false, false, true };
 	struct om_stream_unit list[MAX_UNITS];
 	const char *names[MAX_UNITS][BLOCKS];
-	struct om_store_config c = {.directory = dir, .backend = backend};
+	struct om_store_config c = { .directory = dir, .backend = backend };
 	uint64_t limit;
 	int code;
 
@@ -98,13 +98,13 @@ static int try_open(struct model *m, size_t units, const char *file_of_unit_2)
 	code = om_store_group(m->store, "model", limit);
 	for (size_t u = 0; u < units && !code; u++) {
 		for (int b = 0; b < BLOCKS && !code; b++) {
-			struct om_file_range r = {u == 2 && file_of_unit_2 ? file_of_unit_2 : path,
-			                          m->offset[u][b], m->nbytes[u][b]};
+			struct om_file_range r = { u == 2 && file_of_unit_2 ? file_of_unit_2 : path,
+				                   m->offset[u][b], m->nbytes[u][b] };
 
 			code = om_store_add_file(m->store, m->names[u][b], "model", &r, 1, NULL);
 			names[u][b] = m->names[u][b];
 		}
-		list[u] = (struct om_stream_unit){m->unit_names[u], names[u], resident, BLOCKS};
+		list[u] = (struct om_stream_unit){ m->unit_names[u], names[u], resident, BLOCKS };
 	}
 	if (!code)
 		code = om_stream_create(m->store, "model", list, units, &m->stream);
@@ -223,7 +223,7 @@ static void cycles_read_each_byte_once(void)
 
 static void order_changes(void)
 {
-	static const size_t prefill[] = {5, 0, 1, 2, 3, 4, 5}, decode[] = {1, 3, 0, 2, 4};
+	static const size_t prefill[] = { 5, 0, 1, 2, 3, 4, 5 }, decode[] = { 1, 3, 0, 2, 4 };
 	struct om_stream_stats before, after;
 	struct model m;
 	uint64_t bytes = 0, read;
@@ -349,7 +349,7 @@ static void deadline_slices(void)
 static void misuse(void)
 {
 	struct om_stream *none;
-	struct om_stream_unit unit = {"unit", (const char *[]){"u0.b0"}, (bool[]){false}, 1};
+	struct om_stream_unit unit = { "unit", (const char *[]){ "u0.b0" }, (bool[]){ false }, 1 };
 	struct model m;
 	bool bind, unbind;
 
@@ -359,7 +359,7 @@ static void misuse(void)
 	CHECK_EQ(om_stream_enter(m.stream, 3, SOON, &bind), OM_EVALUE);
 	CHECK_EQ(om_stream_leave(m.stream, 3, &unbind), OM_EVALUE);
 	CHECK_EQ(om_stream_create(m.store, "other", &unit, 1, &none), OM_EVALUE);
-	unit.blocks = (const char *[]){"nobody"};
+	unit.blocks = (const char *[]){ "nobody" };
 	CHECK_EQ(om_stream_create(m.store, "model", &unit, 1, &none), OM_ENAME);
 	CHECK(om_stream_lease(m.stream, 0, 0) == NULL); /* not entered */
 	CHECK(om_stream_lease(m.stream, 9, 0) == NULL && om_stream_lease(m.stream, 0, 9) == NULL);
@@ -444,7 +444,8 @@ static void a_truncated_file_fails_its_unit(void)
 				continue;
 			}
 			CHECK_EQ(om_err_last()->code, OM_ECORRUPT);
-			CHECK(strstr(om_err_last()->text, bad) && !strcmp(om_err_last()->filename, bad));
+			CHECK(strstr(om_err_last()->text, bad) &&
+			      !strcmp(om_err_last()->filename, bad));
 			check(&m);
 		}
 	}
@@ -478,7 +479,7 @@ static void threads(size_t count)
 
 	open_model(&m, 7, NULL);
 	for (size_t i = 0; i < count; i++) {
-		walkers[i] = (struct walker){&m, i == 2 ? 6 : i + 1, i, 40};
+		walkers[i] = (struct walker){ &m, i == 2 ? 6 : i + 1, i, 40 };
 		CHECK(pthread_create(&ids[i], NULL, walk, &walkers[i]) == 0);
 	}
 	for (size_t i = 0; i < count; i++)
@@ -519,8 +520,8 @@ static int faulty_run(enum om_fault point, uint64_t nth, bool sticky)
 
 static void sweep(void)
 {
-	static const enum om_fault points[] = {OM_FAULT_ALLOC, OM_FAULT_MAP, OM_FAULT_SUBMIT,
-	                                       OM_FAULT_READ, OM_FAULT_SHORT, OM_FAULT_THREAD};
+	static const enum om_fault points[] = { OM_FAULT_ALLOC, OM_FAULT_MAP,   OM_FAULT_SUBMIT,
+		                                OM_FAULT_READ,  OM_FAULT_SHORT, OM_FAULT_THREAD };
 
 	for (size_t i = 0; i < sizeof(points) / sizeof(*points); i++)
 		for (int sticky = 0; sticky < 2; sticky++) {

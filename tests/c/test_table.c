@@ -20,7 +20,7 @@ static void make_blocks(struct om_group *g)
 
 int main(void)
 {
-	struct om_group g = {.name = "g"};
+	struct om_group g = { .name = "g" };
 	struct om_table t;
 
 	om_list_init(&g.idle);
