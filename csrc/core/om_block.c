@@ -121,6 +121,7 @@ static void free_host(struct om_block *b, struct om_pool *p)
 		b->group->leaving_bytes -= bytes;
 	b->data = NULL;
 	b->host = OM_COPY_NONE;
+	b->unused = false;
 	om_list_del(&b->order);
 }
 

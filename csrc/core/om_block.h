@@ -63,6 +63,7 @@ struct om_block {
 
 	uint64_t hash;             /* XXH3-64 of the bytes of origin or disk copy */
 	bool hash_known, verified; /* verified: compared at least once */
+	bool unused;               /* HOST was fetched ahead and nobody has leased it since */
 };
 
 int om_block_create(const char *name, uint64_t nbytes, struct om_group *group,

@@ -248,6 +248,7 @@ static void prove_locked(struct om_store *s, struct om_move *m, int files_code, 
 		b->hash = digest;
 	}
 	om_block_fill_end(b);
+	b->unused = m->speculative;
 	s->counters.fills++;
 	settle_locked(s, m);
 }
@@ -416,6 +417,8 @@ int om_fetch_lease_locked(struct om_store *s, struct om_block *const *blocks, si
 		moves[i] = b->host == OM_COPY_FILLING ? b->move : NULL;
 		if (!moves[i]) {
 			s->counters.hits++;
+			s->counters.prefetch_hits += b->unused;
+			b->unused = false;
 			continue;
 		}
 		s->counters.misses++;

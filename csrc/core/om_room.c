@@ -221,6 +221,13 @@ static int limit_error(struct om_group *g, uint64_t bytes, uint64_t limit, bool 
 	return OM_ELIMIT;
 }
 
+void om_room_drop_locked(struct om_store *s, struct om_block *b)
+{
+	s->counters.drops++;
+	s->counters.prefetch_waste += b->unused;
+	om_block_host_drop(b, &s->pool);
+}
+
 int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, bool spill,
                         struct om_block *const *keep, size_t keep_count)
 {
@@ -239,8 +246,7 @@ int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, 
 			return OM_EAGAIN;
 		b = pick_victim(s, only, false, keep, keep_count);
 		if (b) {
-			om_block_host_drop(b, &s->pool);
-			s->counters.drops++;
+			om_room_drop_locked(s, b);
 			continue;
 		}
 		b = spill ? pick_victim(s, only, true, keep, keep_count) : NULL;
@@ -284,27 +290,38 @@ int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
 	}
 }
 
-void om_room_busy_error(struct om_store *s, struct om_group *g, uint64_t bytes)
+/* Append the leased blocks, those with views or those without, as long as they fit. */
+static void list_holders(struct om_store *s, const struct om_group *only, bool viewed, char *text,
+                         size_t size)
 {
-	char holders[OM_ERROR_HOLDERS] = "";
-	bool own = !group_fits(g, bytes);
-	size_t used = 0;
+	size_t used = strlen(text);
 
 	OM_LIST_FOREACH(link, &s->blocks) {
 		const struct om_block *b = om_container_of(link, struct om_block, all);
+		unsigned views = __atomic_load_n(&b->views, __ATOMIC_RELAXED);
 		int n;
 
-		if (!b->leases || b->host == OM_COPY_NONE || (own && b->group != g))
+		if (!b->leases || b->host == OM_COPY_NONE || (only && b->group != only) ||
+		    (views > 0) != viewed)
 			continue;
-		n = snprintf(holders + used, sizeof(holders) - used, "%s%s (%u leases, %u views)",
-		             used ? "\n" : "", b->name, b->leases,
-		             __atomic_load_n(&b->views, __ATOMIC_RELAXED));
-		if (n < 0 || used + (size_t)n >= sizeof(holders)) {
-			holders[used] = '\0';
-			break;
+		n = snprintf(text + used, size - used, "%s%s (%u leases, %u views)",
+		             used ? "\n" : "", b->name, b->leases, views);
+		if (n < 0 || used + (size_t)n >= size) {
+			text[used] = '\0';
+			return;
 		}
 		used += (size_t)n;
 	}
+}
+
+void om_room_busy_error(struct om_store *s, struct om_group *g, uint64_t bytes)
+{
+	char holders[OM_ERROR_HOLDERS] = "";
+	const struct om_group *only = group_fits(g, bytes) ? NULL : g;
+
+	/* A stream's residents are always leased: views are what somebody can let go. */
+	list_holders(s, only, true, holders, sizeof(holders));
+	list_holders(s, only, false, holders, sizeof(holders));
 	om_err(OM_EBUSY,
 	       "no room for %llu bytes at the deadline: group '%s' uses %llu of %llu bytes, the store %llu of "
 	       "%llu, and what is there is in use; let leases and views go, or raise the limit",
@@ -326,8 +343,7 @@ int om_room_evict_locked(struct om_store *s, struct om_block *b, uint64_t deadli
 		if (b->leases)
 			return 0;
 		if (b->host == OM_COPY_VALID && om_block_clean(b) && !b->holds) {
-			om_block_host_drop(b, &s->pool);
-			s->counters.drops++;
+			om_room_drop_locked(s, b);
 			return 1;
 		}
 		if (b->host == OM_COPY_VALID && !b->holds) {

@@ -91,6 +91,8 @@ int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, 
 /* As above, waiting until there is room. */
 int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
                         uint64_t deadline_ns, struct om_block *const *keep, size_t keep_count);
+/* Give up an idle clean copy. */
+void om_room_drop_locked(struct om_store *s, struct om_block *b);
 /* Let one idle or leaving block go. 1, 0 (leased) or an error. May give up the lock. */
 int om_room_evict_locked(struct om_store *s, struct om_block *b, uint64_t deadline_ns);
 /* Cancel a fill that nobody leases: at once when nothing is in flight. */

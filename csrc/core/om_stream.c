@@ -200,8 +200,7 @@ static void forget_unit_locked(struct om_stream *st, struct unit *u)
 		if (b->leases || b->holds)
 			continue;
 		if (b->host == OM_COPY_VALID && om_block_clean(b)) {
-			om_block_host_drop(b, &st->store->pool);
-			st->store->counters.drops++;
+			om_room_drop_locked(st->store, b);
 		} else if (b->host == OM_COPY_FILLING) {
 			om_fetch_cancel_locked(st->store, b);
 		}

@@ -107,6 +107,39 @@ static void another_victim_is_tried(void)
 	om_store_unref(s);
 }
 
+static void prefetched(struct om_store *s, const char *name)
+{
+	struct om_ticket *t;
+
+	CHECK_EQ(om_store_prefetch(s, &name, 1, &t), 0);
+	CHECK_EQ(om_ticket_wait(t, SOON), 0);
+	om_ticket_free(t);
+}
+
+/* What was fetched ahead counts once: as used, or as wasted. */
+static void speculation_is_counted(void)
+{
+	struct om_store *s = open_store(2 << 20, 32 << 20);
+	struct om_stats stats;
+	struct om_lease *l;
+
+	add(s, "a", NULL, 900000);
+	for (int i = 0; i < 3; i++) {
+		CHECK_EQ(om_store_evict(s, "a", SOON), 1);
+		prefetched(s, "a");
+		for (int k = 0; k < i; k++) {
+			CHECK_EQ(om_store_lease(s, "a", false, SOON, &l), 0);
+			om_lease_unref(l);
+		}
+	}
+	CHECK_EQ(om_store_evict(s, "a", SOON), 1);
+	CHECK_EQ(om_store_stats(s, &stats), 0);
+	CHECK_EQ(stats.prefetches, 3);
+	CHECK_EQ(stats.prefetch_hits, 2);
+	CHECK_EQ(stats.prefetch_waste, 1);
+	om_store_unref(s);
+}
+
 static void leased_blocks_are_named(void)
 {
 	struct om_store *s = open_store(2 << 20, 32 << 20);
@@ -141,6 +174,7 @@ int main(void)
 	groups_stay_exact();
 	writes_that_fail_are_told();
 	another_victim_is_tried();
+	speculation_is_counted();
 	leased_blocks_are_named();
 	CHECK(rmdir(dir) == 0);
 	return 0;

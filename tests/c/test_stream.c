@@ -304,6 +304,7 @@ static void held_views(void)
 	code = enter(&m, 2, om_deadline(30 * MSEC));
 	CHECK_EQ(code, OM_EBUSY);
 	CHECK(strstr(om_err_last()->holders, "u0.b0") && strstr(om_err_last()->holders, "u1.b1"));
+	CHECK(strstr(om_err_last()->holders, "u1.b1") < strstr(om_err_last()->holders, "u0.b2"));
 	check(&m);
 	CHECK_EQ(enter(&m, 2, om_deadline(30 * MSEC)), OM_EBUSY);
 	visit(&m, 1); /* what is held can be used */
