@@ -8,6 +8,7 @@ reads stale bytes unseen. Parameters keep their identity, `forward` is not repla
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import os
@@ -81,7 +82,7 @@ def load(
 
     folder = Path(model_dir)
     nbytes = parse_size(budget, "budget")
-    with checkpoint.open(folder) as files:
+    with checkpoint.open(folder) as files, torch.inference_mode(False):
         config = transformers.AutoConfig.from_pretrained(folder)
         _refuse_experts(files, folder)
         own = _main_dtype(files)
@@ -103,6 +104,9 @@ def load(
             )
         if model.can_generate() and (folder / "generation_config.json").exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        for name, buffer in model.named_buffers():
+            if name in files:
+                buffer.copy_(from_dlpack(files.read(name)))
         model.eval()
         _attach(model, files, folder, nbytes, store, verify, io_backend, timeout)
     built: nn.Module = model
@@ -146,7 +150,7 @@ def _attach(
     if getattr(model, "omnimem", None) is not None:
         raise ValueError("this model streams already; call model.omnimem.detach() first")
     params = dict(model.named_parameters())
-    _check_fit(params, files, folder)
+    _check_fit(params, dict(model.named_buffers()), files, folder)
     grouped: dict[str, list[Tensor]] = {}
     for name, unit in unit_names(params).items():
         info = files.info(name)
@@ -189,21 +193,28 @@ class Streamed:
         self._store = store
         self._own_store = own_store
         self._timeout = timeout
-        self._local = threading.local()
+        self._mine = _Mine()
         self._handles: list[Any] = []
         self._patched: list[nn.Module] = []
+        self._ended = False
         self._group = f"model-{next(_group_numbers)}"
         self._passes = 0
         self._pass_bytes = self._seen_bytes = 0
         self._pass_started = self._pass_seconds = self._pass_stall = self._seen_stall = 0.0
-        self._stream, self._params = self._make_stream(params, files)
+        self._names: list[str] = []
+        before: list[tuple[nn.Parameter, torch.Tensor]] = []
         try:
+            self._stream, self._params = self._make_stream(params, files)
             self._stream.load()
+            with torch.inference_mode(False):
+                for param in params.values():
+                    before.append((param, _materialize(param)))
             self._bind(resident=True)
             self._hook()
         except BaseException:
             self._unhook()
-            self._unbind_all()
+            for param, former in before:
+                _restore(param, former)
             self._release()
             raise
         model.omnimem = self  # type: ignore[assignment]
@@ -217,7 +228,6 @@ class Streamed:
         limit = max(self._plan.budget_bytes, self._plan.resident_bytes + self._plan.ring_bytes)
         self._store.group(self._group, limit)
         units, windows, bound = [], [], []
-        self._names: list[str] = []
         for unit in self._plan.units:
             blocks, views = [], []
             mine: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
@@ -290,43 +300,48 @@ class Streamed:
 
     # -- hooks
 
-    def _held(self) -> list[int]:
-        """Units that this thread has entered, the innermost last."""
-        held: list[int] | None = getattr(self._local, "held", None)
-        if held is None:
-            held = self._local.held = []
-        return held
-
     def _enter(self, unit: int, module: nn.Module, args: Any) -> None:
-        held = self._held()
+        held = self._mine.held
         while held and held[-1] not in self._outer[unit] and held[-1] != unit:
-            self._let_go(held.pop())  # left loaded by an interrupt
-        if not self._stream.enter(unit, held, self._timeout):
-            return
+            self._let_go()  # left loaded by an interrupt
+        self._settle()
+        before = len(held)
         try:
+            if not self._stream.enter(unit, held, self._timeout):
+                return
             with torch.inference_mode(False):
                 capsules = self._stream.windows(unit, False)
                 for param, capsule in zip(self._params[unit][1], capsules, strict=True):
                     param.data = from_dlpack(capsule)
+            self._stream.bound(unit)
         except BaseException:
-            self._unset(unit)
-            held.pop()
-            self._stream.bound(unit, False)
+            while len(held) > before:
+                self._let_go()
             raise
-        self._stream.bound(unit)
 
     def _leave(self, unit: int, module: nn.Module, args: Any, output: Any) -> None:
-        held = self._held()
+        held = self._mine.held
         while unit in held:
-            last = held.pop()
-            self._let_go(last)
+            last = held[-1]
+            self._let_go()
             if last == unit:
                 break
 
-    def _let_go(self, unit: int) -> None:
-        if self._stream.leave(unit):
-            self._unset(unit)
-            self._stream.unbound(unit)
+    def _let_go(self) -> None:
+        """Leave the unit that this thread entered last."""
+        mine = self._mine
+        unit = mine.held[-1]
+        # Taken off, left and noted in one call, inside of which no signal handler runs.
+        left = map(self._stream.leave, map(mine.held.pop, (-1,)))
+        mine.ended.extend(itertools.compress((unit,), left))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take away the windows of units that nobody uses any more."""
+        ended = self._mine.ended
+        while ended:
+            self._unset(ended[-1])
+            collections.deque(map(self._stream.unbound, map(ended.pop, (-1,))), maxlen=0)
 
     def _unset(self, unit: int) -> None:
         with torch.inference_mode(False):
@@ -334,9 +349,9 @@ class Streamed:
                 param.data = _unset(param.shape, param.dtype)
 
     def _begin_pass(self, module: nn.Module, args: Any) -> None:
-        held = self._held()
-        while held:
-            self._let_go(held.pop())
+        while self._mine.held:
+            self._let_go()
+        self._settle()
         self._pass_started = time.perf_counter()
 
     def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -351,7 +366,9 @@ class Streamed:
 
     # -- guards
 
-    def _convert(self, apply: Callable[..., nn.Module], fn: Callable[..., Any], *args: Any) -> Any:
+    def _convert(
+        self, apply: Callable[..., nn.Module], fn: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """`.to()` that changes nothing is fine, all else needs the weights."""
         if getattr(fn, "__qualname__", "") == "Module.to.<locals>.convert":
             probes = {param.dtype: param for params in self._params for param in params[1]}
@@ -367,9 +384,9 @@ class Streamed:
 
     def _refuse(self, what: str) -> NoReturn:
         raise RuntimeError(
-            f"cannot {what} a model whose weights stream "
-            f"({format_size(self._plan.prefill_bytes)} of them are on disk); call "
-            "model.omnimem.detach() first, which brings all weights into memory"
+            f"cannot {what} a model whose weights are omnimem's "
+            f"({format_size(self._plan.prefill_bytes)} of them on disk); call "
+            "model.omnimem.detach() first, which gives the model memory of its own for all of them"
         )
 
     def __deepcopy__(self, memo: object) -> NoReturn:
@@ -433,33 +450,45 @@ class Streamed:
     # -- ways out
 
     def detach(self) -> nn.Module:
-        """Make every parameter an ordinary tensor in memory; hooks go, an own store closes."""
-        self._unhook()
-        for unit, (resident, streamed) in enumerate(self._params):
-            for param in resident:
-                param.data = param.data.clone()
-            if streamed:
-                held: list[int] = []
-                self._stream.enter(unit, held, self._timeout)
-                capsules = self._stream.windows(unit, False)
-                for param, capsule in zip(streamed, capsules, strict=True):
-                    param.data = from_dlpack(capsule).clone()
-                self._stream.bound(unit)
-                self._stream.leave(unit)
-                self._stream.unbound(unit)
+        """Make every parameter an ordinary tensor in memory; hooks go, an own store closes.
+
+        Memory for all weights is needed beside the budget. When a weight cannot be read, its error
+        is raised and the model streams on.
+        """
+        if self._ended:
+            return self._model
+        with torch.inference_mode(False):
+            copies = list(self._copies())
+            self._unhook()
+            for param, tensor in copies:
+                param.data = tensor
         self._release()
         return self._model
 
+    def _copies(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        for unit, (resident, streamed) in enumerate(self._params):
+            yield from [(param, param.data.clone()) for param in resident]
+            if not streamed:
+                continue
+            self._enter(unit, self._model, ())
+            try:
+                yield from [(param, param.data.clone()) for param in streamed]
+            finally:
+                self._leave(unit, self._model, (), None)
+
     def close(self) -> None:
         """For a model that is thrown away: hooks go, parameters are unset, an own store closes."""
+        if self._ended:
+            return
         self._unhook()
         self._unbind_all()
         self._release()
 
     def _unbind_all(self) -> None:
-        for resident, streamed in self._params:
-            for param in itertools.chain(resident, streamed):
-                param.data = _unset(param.shape, param.dtype)
+        with torch.inference_mode(False):
+            for resident, streamed in self._params:
+                for param in itertools.chain(resident, streamed):
+                    param.data = _unset(param.shape, param.dtype)
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -470,7 +499,8 @@ class Streamed:
         self._patched.clear()
 
     def _release(self) -> None:
-        self._stream.close()
+        if hasattr(self, "_stream"):
+            self._stream.close()
         if self._own_store is not None:
             self._own_store.close()
         else:
@@ -479,6 +509,34 @@ class Streamed:
         self._names.clear()
         if getattr(self._model, "omnimem", None) is self:
             del self._model.omnimem
+        self._ended = True
+
+
+class _Mine(threading.local):
+    """What one thread entered, the innermost last, and what it has yet to take away.
+
+    Both are right at any moment that Ctrl-C can strike: the next hook of the thread goes on there.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[int] = []
+        self.ended: list[int] = []
+
+
+def _materialize(param: nn.Parameter) -> torch.Tensor:
+    """Return what `_restore` needs; a parameter of the meta device gets a place in memory."""
+    if not param.is_meta:
+        return param.data
+    former = nn.Parameter(_unset(param.shape, param.dtype), requires_grad=param.requires_grad)
+    torch.utils.swap_tensors(param, former)  # type: ignore[no-untyped-call]
+    return former
+
+
+def _restore(param: nn.Parameter, former: torch.Tensor) -> None:
+    if former.is_meta:
+        torch.utils.swap_tensors(param, former)  # type: ignore[no-untyped-call]
+    else:
+        param.data = former
 
 
 # -- checks
@@ -525,7 +583,12 @@ def _refuse_experts(files: checkpoint.Checkpoint, folder: Path) -> None:
         )
 
 
-def _check_fit(params: dict[str, nn.Parameter], files: checkpoint.Checkpoint, folder: Path) -> None:
+def _check_fit(
+    params: dict[str, nn.Parameter],
+    buffers: dict[str, torch.Tensor],
+    files: checkpoint.Checkpoint,
+    folder: Path,
+) -> None:
     lacking = [name for name in params if name not in files]
     if lacking:
         raise FormatError(
@@ -547,6 +610,12 @@ def _check_fit(params: dict[str, nn.Parameter], files: checkpoint.Checkpoint, fo
             )
         if param.device.type not in ("cpu", "meta"):
             raise ValueError(f"{name} is on {param.device}; only models on the CPU can stream")
+    for name, buffer in buffers.items():
+        if buffer.device.type != "cpu":
+            raise ValueError(
+                f"{folder}: the buffer {name} is on {buffer.device}; buffers are the model's own: "
+                "fill it on the CPU, or let omnimem.torch.load build the model"
+            )
 
 
 def _unit_modules(
