@@ -140,10 +140,9 @@ def make_plan(units: Iterable[tuple[str, Sequence[Tensor]]], budget_bytes: int) 
     LimitError
         The budget is below what the always-resident units and the ring need.
     """
-    budget = budget_bytes // PAGE * PAGE
     plans = [_whole(name, tensors, resident=True) for name, tensors in units]
     if sum(unit.nbytes for unit in plans) > budget_bytes:
-        plans = _choose(plans, budget)
+        plans = _choose(plans, budget_bytes)
     ring = 2 * max((unit.streamed_bytes for unit in plans), default=0)
     return Plan(
         budget_bytes=budget_bytes,

@@ -93,7 +93,12 @@ def load(
             raise ValueError(f"{folder}/config.json: transformers has no class {names!r}")
         unset = {name: _unset(info.shape, own) for name, info in _infos(files)}
         model, found = model_class.from_pretrained(
-            None, config=config, state_dict=unset, dtype=own, output_loading_info=True
+            None,
+            config=config,
+            state_dict=unset,
+            dtype=own,
+            ignore_mismatched_sizes=True,  # told below, with those that lack
+            output_loading_info=True,
         )
         lacking = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
         if lacking or found["error_msgs"]:
@@ -289,9 +294,8 @@ class Streamed:
         if not self._plan.streams:
             return
         for module in self._model.modules():
-            apply = module._apply
-            module._apply = partial(self._convert, apply)  # type: ignore[method-assign]
             self._patched.append(module)
+            module._apply = partial(self._convert, module._apply)  # type: ignore[method-assign]
             for register in (
                 module.register_state_dict_pre_hook,
                 module.register_load_state_dict_pre_hook,
@@ -495,7 +499,7 @@ class Streamed:
             handle.remove()
         self._handles.clear()
         for module in self._patched:
-            del module._apply
+            module.__dict__.pop("_apply", None)
         self._patched.clear()
 
     def _release(self) -> None:
