@@ -1,0 +1,265 @@
+"""Plans of streams: properties that hold for every model and budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from omnimem import LimitError
+from omnimem.plan import PAGE, Plan, Tensor, UnitPlan, make_plan, uses_of
+
+Units = list[tuple[str, list[Tensor]]]
+KIB = 1 << 10
+
+
+def lay_out(sizes: Iterable[tuple[str, list[int]]], gap: int = 0, shards: int = 1) -> Units:
+    """Units whose tensors lie behind one another, in files of about the same size."""
+    listed = list(sizes)
+    at, units = 8 + 3 * gap, []
+    for number, (name, tensors) in enumerate(listed):
+        file = f"shard-{number * shards // len(listed)}"
+        mine = []
+        for index, nbytes in enumerate(tensors):
+            mine.append(Tensor(f"{name}.{index}", file, at, nbytes))
+            at += nbytes + gap * (index % 2)
+        units.append((name, mine))
+    return units
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Units:
+    """A few layers, perhaps a vision tower, an embedding and a head of any size, norms."""
+    size = st.integers(1, 300 * KIB)
+    shape = draw(st.lists(size, min_size=1, max_size=6))
+    count = draw(st.integers(1, 12))
+    sizes: list[tuple[str, list[int]]] = []
+    if draw(st.booleans()):
+        small = draw(st.lists(st.integers(1, 40 * KIB), min_size=1, max_size=3))
+        sizes += [("visual.patch_embed", [draw(size)])]
+        sizes += [(f"visual.blocks.{number}", small) for number in range(draw(st.integers(1, 5)))]
+        sizes += [("visual.merger", [draw(size), draw(size)])]
+    sizes += [("model.embed_tokens", [draw(st.integers(1, 2000 * KIB))])]
+    same = draw(st.booleans())
+    for number in range(count):
+        sizes += [(f"model.layers.{number}", shape if same or number % 2 else [*shape, 4 * KIB])]
+    sizes += [("model.norm", [draw(st.integers(1, 4 * KIB))])]
+    if draw(st.booleans()):
+        sizes += [("lm_head", [draw(st.integers(1, 2000 * KIB))])]
+    return lay_out(sizes, draw(st.sampled_from([0, 0, 8, 5000])), draw(st.integers(1, 4)))
+
+
+def weights(units: Units) -> int:
+    return sum(tensor.nbytes for _, tensors in units for tensor in tensors)
+
+
+def least(units: Units) -> int:
+    """The least budget, as the error tells it; 0 for a model that fits anywhere."""
+    try:
+        make_plan(units, 0)
+    except LimitError as error:
+        return error.need
+    return 0
+
+
+def cost(plan: Plan) -> float:
+    """Bytes read by a request of the length that the plan expects."""
+    return sum(unit.streamed_bytes * unit.uses for unit in plan.units)
+
+
+def check(units: Units, plan: Plan, budget: int) -> None:
+    assert plan.budget_bytes == budget
+    assert [unit.name for unit in plan.units] == [name for name, _ in units]
+    for unit, (_, tensors) in zip(plan.units, units, strict=True):
+        placed = [tensor for run in unit.runs for tensor in run.tensors]
+        assert len(placed) == len(tensors)
+        assert set(placed) == set(tensors)
+        for run in unit.runs:
+            assert len({tensor.file for tensor in run.tensors}) == 1
+            for before, after in zip(run.tensors, run.tensors[1:], strict=False):
+                assert before.offset + before.nbytes == after.offset
+            assert run.nbytes == sum(tensor.nbytes for tensor in run.tensors)
+            assert run.host_bytes % PAGE == 0
+            assert run.nbytes <= run.host_bytes < run.nbytes + 2 * PAGE
+        assert unit.resident_bytes + unit.streamed_bytes == unit.host_bytes
+    partly = [unit for unit in plan.units if unit.resident_bytes and unit.streamed_bytes]
+    assert len(partly) <= 1
+    assert plan.weight_bytes == weights(units)
+    assert plan.resident_bytes == sum(unit.resident_bytes for unit in plan.units)
+    assert plan.ring_bytes == 2 * max(unit.streamed_bytes for unit in plan.units)
+    assert plan.prefill_bytes == sum(unit.streamed_bytes for unit in plan.units)
+    assert plan.stream_bytes == sum(unit.streamed_bytes for unit in plan.units if unit.uses > 1)
+    assert plan.streams == (plan.prefill_bytes > 0)
+
+
+@settings(deadline=None)
+@given(models(), st.data())
+def test_properties(units: Units, data: st.DataObject) -> None:
+    total, need = weights(units), least(units)
+    budget = data.draw(st.integers(min(need, total), total + 4 * PAGE))
+    plan = make_plan(units, budget)
+    check(units, plan, budget)
+    if budget >= total:
+        assert not plan.streams
+        assert plan.resident_bytes < total + 2 * PAGE * sum(len(unit.runs) for unit in plan.units)
+    else:
+        assert plan.resident_bytes + plan.ring_bytes <= budget
+
+
+@settings(deadline=None)
+@given(models())
+def test_the_floor_is_exact(units: Units) -> None:
+    total, need = weights(units), least(units)
+    assert need > 0
+    assert need % PAGE == 0
+    if need >= total:
+        assert not make_plan(units, total).streams
+        with pytest.raises(LimitError):
+            make_plan(units, total - 1)
+        return
+    plan = make_plan(units, need)
+    check(units, plan, need)
+    assert plan.resident_bytes + plan.ring_bytes <= need
+    with pytest.raises(LimitError, match=f"least, {need} bytes") as caught:
+        make_plan(units, need - 1)
+    assert (caught.value.need, caught.value.limit) == (need, need - 1)
+    assert caught.value.which == "budget"
+
+
+@settings(deadline=None)
+@given(models(), st.data())
+def test_more_budget_never_streams_more(units: Units, data: st.DataObject) -> None:
+    total, need = weights(units), least(units)
+    assume(need < total)
+    few = data.draw(st.integers(need, total))
+    many = data.draw(st.integers(few, total))
+    assert cost(make_plan(units, many)) <= cost(make_plan(units, few))
+
+
+@settings(deadline=None)
+@given(models(), st.data())
+def test_a_giant_always_stays(units: Units, data: st.DataObject) -> None:
+    """More than twice the median layer: the ring would have to hold it twice."""
+    total, need = weights(units), least(units)
+    assume(need < total)
+    plan = make_plan(units, data.draw(st.integers(need, total)))
+    layers = sorted(unit.host_bytes for unit in plan.units if "layers." in unit.name)
+    tower = sum(unit.host_bytes for unit in plan.units if "blocks." in unit.name)
+    assume(sum(layers) > tower + 50 * PAGE)
+    top = layers[-1]  # at least the median; run splits change a unit's size by pages
+    for unit in plan.units:
+        if unit.host_bytes > 2 * top + 40 * PAGE:
+            assert unit.streamed_bytes == 0, unit.name
+
+
+def stack(count: int, pages: int = 100, *, tower: int = 0) -> Units:
+    """Equal layers of whole pages, each of ten equal tensors."""
+    page = pages * PAGE // 10
+    sizes = [(f"visual.blocks.{n}", [page] * 10) for n in range(tower)]
+    sizes += [(f"model.layers.{n}", [page] * 10) for n in range(count)]
+    units = lay_out(sizes)
+    return [
+        (name, [Tensor(t.name, t.file, t.offset - 8, t.nbytes) for t in tensors])
+        for name, tensors in units
+    ]
+
+
+@pytest.mark.parametrize("count", [4, 7, 28, 36])
+@pytest.mark.parametrize("share", [25, 50, 75, 90])
+def test_evenly_spread(count: int, share: int) -> None:
+    units = stack(count)
+    layer = 100 * PAGE
+    budget = max(count * layer * share // 100, least(units))
+    plan = make_plan(units, budget)
+    streamed = [at for at, unit in enumerate(plan.units) if unit.streamed_bytes]
+    gaps = [
+        (after - before) % count or count
+        for before, after in zip(streamed, [*streamed[1:], streamed[0]], strict=True)
+    ]
+    assert sum(gaps) == count
+    assert max(gaps) - min(gaps) <= 1
+    # Not one layer more than need be, and not one tensor's bytes of the budget unused.
+    fewest = -(-(count * layer - (budget - 2 * layer)) // layer)
+    assert len(streamed) <= fewest
+    assert plan.stream_bytes <= count * layer - (budget - plan.ring_bytes) + layer // 10
+
+
+def test_the_budget_fills_to_a_tensor() -> None:
+    units = stack(10)
+    layer = 100 * PAGE
+    for extra in range(0, 10 * layer, layer // 7):
+        budget = least(units) + extra
+        if budget >= weights(units):
+            break
+        plan = make_plan(units, budget)
+        assert budget - plan.resident_bytes - plan.ring_bytes < layer // 10 + PAGE or not any(
+            unit.streamed_bytes == layer for unit in plan.units
+        )
+
+
+def test_layers_before_the_vision_tower() -> None:
+    """A tower runs once a request, a layer for every token."""
+    units = stack(8, tower=8)
+    layer = 100 * PAGE
+    plan = make_plan(units, 10 * layer)
+    by_kind = {
+        kind: sum(unit.streamed_bytes for unit in plan.units if kind in unit.name)
+        for kind in ("visual", "layers")
+    }
+    assert by_kind == {"visual": 8 * layer, "layers": 0}
+    assert plan.stream_bytes == 0
+    assert plan.prefill_bytes == 8 * layer
+
+
+def test_a_tied_head_stays() -> None:
+    """The shape of a 2B: an embedding of six layers' size."""
+    sizes = [("model.embed_tokens", [600 * PAGE])]
+    sizes += [(f"model.layers.{n}", [100 * PAGE]) for n in range(28)]
+    sizes += [("model.norm", [4096])]
+    units = lay_out(sizes)
+    for share in (35, 50, 75, 99):
+        plan = make_plan(units, weights(units) * share // 100)
+        kept = {unit.name: unit.streamed_bytes == 0 for unit in plan.units}
+        assert kept["model.embed_tokens"]
+        assert kept["model.norm"]
+    with pytest.raises(LimitError, match="units that always stay"):
+        make_plan(units, 700 * PAGE)
+
+
+def test_one_unit_and_none() -> None:
+    only = [("model", [Tensor("model.weight", "f", 0, 10 * PAGE)])]
+    assert make_plan(only, 10 * PAGE).streams is False
+    with pytest.raises(LimitError):
+        make_plan(only, 10 * PAGE - 1)
+    empty = make_plan([], 0)
+    assert (empty.weight_bytes, empty.ring_bytes, empty.units) == (0, 0, ())
+
+
+def test_empty_tensors() -> None:
+    units = [("model.layers.0", [Tensor("a", "f", 0, 0), Tensor("b", "f", 0, 3 * PAGE)])]
+    plan = make_plan(units, 3 * PAGE)
+    assert {t.name for run in plan.units[0].runs for t in run.tensors} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("unit", "once"),
+    [
+        ("model.visual.blocks.3", True),
+        ("visual.patch_embed", True),
+        ("vision_tower.layers.0", True),
+        ("model.image_newline", True),
+        ("model.layers.3", False),
+        ("lm_head", False),
+        ("model.supervision.layers.1", False),
+    ],
+)
+def test_uses(unit: str, once: bool) -> None:
+    assert (uses_of(unit) == 1) == once
+
+
+def test_a_plan_shows_no_lists() -> None:
+    plan = make_plan(stack(4), 400 * PAGE)
+    assert "units" not in repr(plan)
+    assert isinstance(plan.units[0], UnitPlan)
