@@ -20,58 +20,39 @@ static bool hash_wanted(const struct om_store *s, const struct om_block *b)
 	return !b->hash_known || s->verify == OM_VERIFY_ALWAYS || !b->verified;
 }
 
-/* Bytes that extents may take beyond what the blocks need, so that cached segments can be used
- * whole: what neither the group's limit nor the pool's will miss. */
-static uint64_t spare_bytes(const struct om_store *s, struct om_block *const *blocks, size_t count)
+static uint64_t missing_bytes(struct om_block *const *blocks, size_t count)
 {
-	const struct om_group *g = blocks[0]->group;
-	uint64_t need = 0, room = om_pool_room(&s->pool);
+	uint64_t bytes = 0;
 
 	for (size_t i = 0; i < count; i++)
 		if (blocks[i]->host == OM_COPY_NONE)
-			need += om_block_host_bytes(blocks[i]);
+			bytes += om_block_host_bytes(blocks[i]);
+	return bytes;
+}
+
+int om_fetch_reserve_locked(struct om_store *s, const struct om_group *g, uint64_t bytes,
+                            struct om_extent *ret)
+{
+	uint64_t room = om_pool_room(&s->pool), most = 0;
+
+	/* An extent may be larger than asked for, so that a cached segment can be used whole, by what
+	 * neither the group's limit nor the pool's will miss. */
 	if (g->limit_bytes)
 		room = OM_MIN(room, g->limit_bytes - OM_MIN(g->limit_bytes, g->used_bytes));
-	return room - OM_MIN(room, need);
-}
-
-static int reserve_locked(struct om_store *s, struct om_block *b, uint64_t *spare,
-                          struct om_extent *ret)
-{
-	uint64_t bytes = om_block_host_bytes(b), most = 0;
-	int code;
-
-	if (b->group->streamed) /* segments of its own: the plan counts on exact sizes */
-		most = bytes + *spare;
+	room = OM_MAX(room, bytes);
+	if (g->streamed) /* segments of its own, whole ones again and again: the slots of a ring */
+		most = room;
 	else if (bytes > OM_POOL_SMALL)
-		most = bytes + OM_MIN(*spare, bytes / 4);
-	code = om_pool_alloc(&s->pool, bytes, most, ret);
-	if (!code)
-		*spare -= OM_MIN(*spare, ret->bytes - bytes);
-	return code;
-}
-
-int om_fetch_reserve_locked(struct om_store *s, struct om_block *b, struct om_extent *ret)
-{
-	uint64_t spare = spare_bytes(s, &b, 1);
-
-	return reserve_locked(s, b, &spare, ret);
+		most = OM_MIN(room, bytes + bytes / 4);
+	return om_pool_alloc(&s->pool, bytes, most, ret);
 }
 
 static int start_one_locked(struct om_store *s, struct om_block *b, enum om_move_priority priority,
-                            uint64_t *spare)
+                            struct om_extent mem)
 {
-	struct om_extent mem;
 	struct om_move *m;
 	int code;
 
-	if (s->closing)
-		return om_err(OM_ECLOSED, "the store is closed");
-	if (!b->named)
-		return om_err(OM_ENAME, "block '%s' was removed", b->name);
-	code = reserve_locked(s, b, spare, &mem);
-	if (code)
-		return code == OM_ELIMIT ? OM_EAGAIN : code;
 	om_block_fill_begin(b, mem);
 	code = om_move_create_fill(b, &s->disk, s->request_bytes, priority, &m);
 	if (code) {
@@ -88,15 +69,48 @@ static int start_one_locked(struct om_store *s, struct om_block *b, enum om_move
 	return 0;
 }
 
+/* Cut the first `bytes` off an extent; all of it when nothing is left to follow. */
+static struct om_extent cut(struct om_extent *rest, uint64_t bytes, bool last)
+{
+	struct om_extent part = *rest;
+
+	if (last) {
+		rest->segment = NULL;
+		return part;
+	}
+	part.bytes = bytes;
+	rest->ptr = (char *)rest->ptr + bytes;
+	rest->bytes -= bytes;
+	return part;
+}
+
 int om_fetch_start_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
                           enum om_move_priority priority)
 {
-	uint64_t spare = spare_bytes(s, blocks, count);
+	uint64_t left = missing_bytes(blocks, count);
+	struct om_extent rest;
 	int code = 0;
 
-	for (size_t i = 0; i < count && !code; i++)
-		if (blocks[i]->host == OM_COPY_NONE)
-			code = start_one_locked(s, blocks[i], priority, &spare);
+	if (!left)
+		return 0;
+	if (s->closing)
+		return om_err(OM_ECLOSED, "the store is closed");
+	for (size_t i = 0; i < count; i++)
+		if (!blocks[i]->named)
+			return om_err(OM_ENAME, "block '%s' was removed", blocks[i]->name);
+	/* One extent for all: blocks that are used together share a slot of a ring. */
+	code = om_fetch_reserve_locked(s, blocks[0]->group, left, &rest);
+	if (code)
+		return code == OM_ELIMIT ? OM_EAGAIN : code;
+	for (size_t i = 0; i < count && !code; i++) {
+		uint64_t bytes = om_block_host_bytes(blocks[i]);
+
+		if (blocks[i]->host != OM_COPY_NONE)
+			continue;
+		left -= bytes;
+		code = start_one_locked(s, blocks[i], priority, cut(&rest, bytes, !left));
+	}
+	om_pool_free(&s->pool, &rest);
 	return code;
 }
 

@@ -288,7 +288,7 @@ int om_pool_alloc(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_ex
 	if (size < bytes) /* within a page of 2^64 */
 		return limit_error(p, bytes);
 	if (most)
-		return dedicated_alloc(p, size, OM_MIN(om_down(most, OM_PAGE), 2 * size), ret);
+		return dedicated_alloc(p, size, om_down(most, OM_PAGE), ret);
 	if (size > OM_POOL_SMALL)
 		return dedicated_alloc(p, size, size + size / 4, ret);
 	code = shared_alloc(p, size, ret);
@@ -356,7 +356,7 @@ static int check_segment(const struct om_pool *p, const struct om_list *list,
 	if (list == &p->cached)
 		return s->used ? broken("use of a cached segment", s->used, 0) : 0;
 	if (list == &p->dedicated) {
-		if (s->arena || s->used != s->bytes)
+		if (s->arena || !s->used || s->used > s->bytes)
 			return broken("use of a dedicated segment", s->used, s->bytes);
 		return 0;
 	}

@@ -55,7 +55,7 @@ void om_pool_fini(struct om_pool *p);
  * new shared segment; where the limit has no room for that, and for a large request, a segment of its own.
  * With `most` > 0 it is always a segment of its own, which may be that large (so a ring of unequal
  * units keeps its segments whole).
- * A segment comes from, in this order: the smallest cached one of at most `most` bytes and twice the size
+ * A segment comes from, in this order: the smallest cached one of at most 1.25x the size (`most` > 0: of at most `most`)
  * (a shared segment: of exactly its size), taken whole; a new mapping while mapped + size <= limit; the
  * smallest cached one that is larger, cut to the size (its tail is unmapped, or the rest of the
  * limit would be locked up behind a small extent); a new mapping after unmapping cached segments,
@@ -66,6 +66,7 @@ int om_pool_alloc(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_ex
 /* e->segment becomes NULL; a NULL one is fine. The caller has seen the extent's exports end. A
  * segment that turns empty is cached, or unmapped while mapped > limit; if someone still holds a reference to it, it is not used
  * again and leaves the pool, and the last unref unmaps it. */
+/* An extent may be cut into parts of whole pages, each freed on its own. */
 void om_pool_free(struct om_pool *p, struct om_extent *e);
 /* Bytes of the limit that no live segment takes. */
 uint64_t om_pool_room(const struct om_pool *p);

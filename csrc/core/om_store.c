@@ -543,7 +543,7 @@ static int reserve_new_locked(struct om_store *s, struct om_block *b, uint64_t d
 	uint64_t bytes = om_block_host_bytes(b);
 	int code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
 
-	return code ? code : om_fetch_reserve_locked(s, b, ret);
+	return code ? code : om_fetch_reserve_locked(s, b->group, bytes, ret);
 }
 
 static int add_bytes_locked(struct om_store *s, struct om_block *b, const void *data,

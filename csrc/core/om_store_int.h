@@ -106,8 +106,9 @@ int om_room_admit_locked(struct om_store *s, const char *name, uint64_t bytes);
 void om_room_unadmit_locked(struct om_store *s, uint64_t bytes);
 
 /* om_fetch.c */
-/* Memory for a block's HOST bytes; there is room. */
-int om_fetch_reserve_locked(struct om_store *s, struct om_block *b, struct om_extent *ret);
+/* Memory for HOST bytes of a group; there is room. */
+int om_fetch_reserve_locked(struct om_store *s, const struct om_group *g, uint64_t bytes,
+                            struct om_extent *ret);
 /* Reserve memory (there is room for all) and queue fills of those whose HOST is NONE. OM_EAGAIN: the
  * room was not enough (pages lost in shared segments); some may have started: make room again. */
 int om_fetch_start_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
