@@ -102,8 +102,15 @@ def test_all_resident_reads_once(io_backend: str) -> None:
 
 def test_inference_mode() -> None:
     model = half("tiny")
+    loaded: list[bool] = []
+    for layer in layers(model):
+        layer.mlp.register_forward_hook(
+            lambda module, *_: loaded.append(module.up_proj.weight.data.is_inference())
+        )
     with torch.inference_mode():
         assert_right(model, "tiny")
+    assert loaded
+    assert not any(loaded)
     assert_right(model, "tiny")  # nothing of inference mode stayed behind
     assert not any(param.data.is_inference() for param in model.parameters())
     model.omnimem.close()
@@ -428,6 +435,18 @@ def test_conversions_that_change_nothing(streaming: Any) -> None:
     assert_right(streaming, "tiny", 2)
 
 
+@pytest.mark.parametrize("what", WANT_WEIGHTS)
+def test_all_resident_works_or_is_refused(what: str, tmp_path: Path) -> None:
+    model = load(folder("tiny"), budget("tiny", 100))
+    try:
+        WANT_WEIGHTS[what](model, tmp_path)
+    except RuntimeError as error:
+        assert ".detach()" in str(error)  # noqa: PT017 - both are right
+        assert_right(model, "tiny", 2)
+    model.omnimem.close()
+    assert our_threads() == []
+
+
 @pytest.mark.parametrize("what", [what for what in WANT_WEIGHTS if what != "to another device"])
 def test_works_after_detach(what: str, tmp_path: Path) -> None:
     model = half("tiny")
@@ -455,7 +474,11 @@ def test_detach(percent: int | str) -> None:
     stream, store = model.omnimem, model.omnimem._store
     assert _hooks(model) > _hooks(plain("tiny"))
     generate(model, "tiny", 2)
+    before = {name: param.data_ptr() for name, param in model.named_parameters()}
     assert stream.detach() is model
+    assert not [
+        name for name, param in model.named_parameters() if param.data_ptr() == before[name]
+    ]
     want = dict(plain("tiny").named_parameters())
     for name, param in model.named_parameters():
         assert same_bits(param, want[name])
