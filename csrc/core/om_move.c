@@ -1,11 +1,11 @@
 /* om_move: see om_move.h. */
-#define XXH_STATIC_LINKING_ONLY
 #include "core/om_move.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <string.h>
-#include <xxhash.h>
+
+#include "core/om_hash.h"
 
 static int create(struct om_block *b, enum om_move_kind kind, enum om_move_priority priority,
                   size_t piece_count, uint32_t request_bytes, struct om_move **ret)
@@ -192,7 +192,7 @@ void om_move_hash(struct om_move *m, const struct om_cursor *from, const struct 
 		uint64_t first = OM_MAX(at.done, p->head), last = OM_MIN(end, p->head + p->nbytes);
 
 		if (first < last)
-			XXH3_64bits_update(m->hash_memory, p->mem + first, last - first);
+			om_hash_update(m->hash_memory, p->mem + first, last - first);
 		at.done = end;
 		if (at.done == p->bytes) {
 			at.piece++;

@@ -8,8 +8,8 @@
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
-#include <xxhash.h>
 
+#include "core/om_hash.h"
 #include "core/om_store_int.h"
 
 static bool kept(const struct om_block *b, struct om_block *const *keep, size_t count)
@@ -178,7 +178,7 @@ static int spill_locked(struct om_store *s, struct om_block *b)
 	b->holds++;
 	s->inside++;
 	om_mutex_unlock(&s->lock);
-	hash = XXH3_64bits(b->data, b->nbytes);
+	hash = om_hash(b->data, b->nbytes);
 	om_mutex_lock(&s->lock);
 	if (b->host == OM_COPY_LEAVING && b->named)
 		code = disk_reserve_locked(s, b, om_up(OM_MAX(b->nbytes + head, 1), OM_PAGE));
