@@ -540,6 +540,27 @@ def test_another_thread_goes_on_after_an_interrupt() -> None:
     model.omnimem.close()
 
 
+def test_threads_that_die_leave_nothing_loaded() -> None:
+    """SystemExit ends a thread within a layer: the next pass of any thread cleans up."""
+    import threading
+
+    model = load(folder(PRESET), floor(PRESET), timeout=1)
+
+    def work() -> None:
+        with pytest.raises(SystemExit):
+            generate(model, PRESET, 2)
+
+    for layer in (2, 5, 6):
+        handle = layers(model)[layer].mlp.register_forward_hook(raises_once(SystemExit()))
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(30)
+        handle.remove()
+        assert_right(model, PRESET, 2)
+        assert_idle(model)
+    model.omnimem.close()
+
+
 SLOW_DISK = """
 import os, signal, sys, threading, time
 from pathlib import Path

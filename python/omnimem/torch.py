@@ -198,7 +198,8 @@ class Streamed:
         self._store = store
         self._own_store = own_store
         self._timeout = timeout
-        self._mine = _Mine()
+        self._threads: list[_Entered] = []
+        self._mine = _Mine(self._threads)
         self._handles: list[Any] = []
         self._patched: list[nn.Module] = []
         self._ended = False
@@ -353,7 +354,14 @@ class Streamed:
                 param.data = _unset(param.shape, param.dtype)
 
     def _begin_pass(self, module: nn.Module, args: Any) -> None:
-        while self._mine.held:
+        mine = self._mine
+        for entered in list(self._threads):
+            thread, held, ended = entered
+            if not thread.is_alive() and entered in self._threads:
+                self._threads.remove(entered)
+                mine.held.extend(held)
+                mine.ended.extend(ended)
+        while mine.held:
             self._let_go()
         self._settle()
         self._pass_started = time.perf_counter()
@@ -516,15 +524,20 @@ class Streamed:
         self._ended = True
 
 
+_Entered = tuple[threading.Thread, list[int], list[int]]
+
+
 class _Mine(threading.local):
     """What one thread entered, the innermost last, and what it has yet to take away.
 
-    Both are right at any moment that Ctrl-C can strike: the next hook of the thread goes on there.
+    Both are right at any moment that Ctrl-C can strike: the next hook of the thread goes on there,
+    or, when the thread is no more, the next pass of any other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: list[_Entered]) -> None:
         self.held: list[int] = []
         self.ended: list[int] = []
+        threads.append((threading.current_thread(), self.held, self.ended))
 
 
 def _materialize(param: nn.Parameter) -> torch.Tensor:
