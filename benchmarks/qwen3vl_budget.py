@@ -248,7 +248,7 @@ class Shape:
 
 def run_one(name: str, budget: int, args: argparse.Namespace, inputs: Path) -> dict[str, Any]:
     """Run one contender and return its record."""
-    limit = None if name == "resident" else budget + HEADROOM
+    limit = None if name == "resident" else budget + int(args.headroom * 1e9)
     argv = ["--child", name, "--dir", str(args.dir), "--inputs", str(inputs), "--tokens",
             str(args.tokens), "--budget-bytes", str(budget), "--scratch",
             str(args.scratch)]  # fmt: skip
@@ -402,6 +402,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budgets", default="75,50,25,100", help="per cent of the weights")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="comma-separated")
+    parser.add_argument(
+        "--headroom", type=float, default=HEADROOM / 1e9, help="GB of the limit above the budget"
+    )
     parser.add_argument("--with-swap", action="store_true", help="also the kernel's swap file")
     parser.add_argument("--tokens", type=int, default=8, help="decode steps after the first token")
     parser.add_argument("--json", type=Path, help="write every number and the machine's facts")
