@@ -267,16 +267,31 @@ static int check_unit(const struct om_stream *st, size_t unit)
 	return 0;
 }
 
+/* Are the streamed bytes in memory, if not yet proven? */
+static bool arrived(const struct unit *u)
+{
+	for (size_t i = 0; i < u->streamed_count; i++) {
+		const struct om_block *b = u->blocks[i];
+
+		if (b->host == OM_COPY_NONE ||
+		    (b->host == OM_COPY_FILLING && !(b->move && b->move->landed)))
+			return false;
+	}
+	return true;
+}
+
 int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, bool *ret_bind)
 {
 	struct om_store *s = st->store;
 	struct unit *u;
 	uint64_t stall = 0;
+	bool hit;
 	int code = check_unit(st, unit);
 
 	if (code || (code = om_store_enter(s)))
 		return code;
 	u = &st->units[unit];
+	hit = arrived(u);
 	while ((u->state == BINDING || u->state == UNBINDING) && !code) {
 		if (s->closing)
 			code = om_err(OM_ECLOSED, "the store is closed");
@@ -299,7 +314,7 @@ int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, boo
 		u->users++;
 		if (u->streamed_count) {
 			st->stats.enters++;
-			st->stats.hits += !stall;
+			st->stats.hits += hit;
 			st->stats.mispredicted += !om_pattern_record(&st->pattern, (uint32_t)unit);
 			fetch_ahead_locked(st);
 		}
