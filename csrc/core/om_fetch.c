@@ -20,7 +20,7 @@ static bool hash_wanted(const struct om_store *s, const struct om_block *b)
 	return !b->hash_known || s->verify == OM_VERIFY_ALWAYS || !b->verified;
 }
 
-static uint64_t missing_bytes(struct om_block *const *blocks, size_t count)
+uint64_t om_fetch_missing_bytes(struct om_block *const *blocks, size_t count)
 {
 	uint64_t bytes = 0;
 
@@ -87,7 +87,7 @@ static struct om_extent cut(struct om_extent *rest, uint64_t bytes, bool last)
 int om_fetch_start_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
                           enum om_move_priority priority)
 {
-	uint64_t left = missing_bytes(blocks, count);
+	uint64_t left = om_fetch_missing_bytes(blocks, count);
 	struct om_extent rest;
 	int code = 0;
 

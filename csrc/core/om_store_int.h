@@ -106,6 +106,8 @@ int om_room_admit_locked(struct om_store *s, const char *name, uint64_t bytes);
 void om_room_unadmit_locked(struct om_store *s, uint64_t bytes);
 
 /* om_fetch.c */
+/* HOST bytes that blocks without a HOST copy would take. */
+uint64_t om_fetch_missing_bytes(struct om_block *const *blocks, size_t count);
 /* Memory for HOST bytes of a group; there is room. */
 int om_fetch_reserve_locked(struct om_store *s, const struct om_group *g, uint64_t bytes,
                             struct om_extent *ret);

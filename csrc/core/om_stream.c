@@ -173,16 +173,6 @@ int om_stream_load(struct om_stream *st, uint64_t deadline_ns)
 
 /* ---- the ring ---- */
 
-static uint64_t missing_bytes(const struct unit *u)
-{
-	uint64_t bytes = 0;
-
-	for (size_t i = 0; i < u->streamed_count; i++)
-		if (u->blocks[i]->host == OM_COPY_NONE)
-			bytes += om_block_host_bytes(u->blocks[i]);
-	return bytes;
-}
-
 /* Bytes that the unit's streamed blocks hold without being in use. */
 static bool speculated(const struct unit *u)
 {
@@ -247,7 +237,7 @@ static void fetch_ahead_locked(struct om_stream *st)
 			return;
 		st->ahead[foretold++] = id;
 		u = &st->units[id];
-		bytes = missing_bytes(u);
+		bytes = om_fetch_missing_bytes(u->blocks, u->streamed_count);
 		if (!bytes)
 			continue;
 		while (!room_now(st, bytes))
