@@ -62,7 +62,10 @@ void om_store_ref(struct om_store *s);
 void om_store_unref(struct om_store *s); /* the last one closes */
 
 /* A named set of blocks with a HOST limit (0: only the store's binds). Blocks added with an
- * unknown group name create it without a limit. */
+ * unknown group name create it without a limit. Lowering the limit below what the group uses moves
+ * idle blocks out: what is on DISK or in an origin goes at once, the rest is being written out
+ * when this returns. Leased blocks stay; let go, they go too, those to be written out not before
+ * somebody needs room. */
 int om_store_group(struct om_store *s, const char *group, uint64_t host_limit_bytes);
 
 /* Copy `nbytes` in. OM_EVALUE when the name exists; OM_ELIMIT or OM_EDISKFULL when not all blocks

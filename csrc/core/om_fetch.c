@@ -467,6 +467,7 @@ out:
 void om_fetch_unlease_locked(struct om_store *s, struct om_block *b)
 {
 	om_block_unlease(b);
+	om_room_released_locked(s, b);
 	om_store_changed_locked(s);
 	om_store_reap_locked(s, b);
 }

@@ -9,7 +9,8 @@
 struct om_group {
 	struct om_list link; /* store->groups */
 	char name[64];
-	uint64_t limit_bytes; /* 0: only the store's binds */
+	uint64_t limit_bytes;  /* 0: only the store's binds */
+	uint64_t lowered_from; /* it used so much when its limit was lowered: om_store_check only */
 	uint64_t used_bytes,
 		peak_bytes; /* HOST extents of its blocks, FILLING and LEAVING included */
 	uint64_t blocks;

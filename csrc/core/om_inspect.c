@@ -170,14 +170,15 @@ static int check_sums(struct om_store *s)
 		              "blocks without an origin hold %llu bytes, %llu were admitted",
 		              LLU(sole), LLU(s->sole_bytes));
 	OM_LIST_FOREACH(link, &s->groups) {
-		const struct om_group *g = om_container_of(link, struct om_group, link);
+		struct om_group *g = om_container_of(link, struct om_group, link);
 
 		if (g->check_bytes != g->used_bytes)
 			return om_err(OM_ECORRUPT,
 			              "I3: group '%s' holds %llu bytes and counts %llu", g->name,
 			              LLU(g->check_bytes), LLU(g->used_bytes));
-		/* I6: used bytes stay within the limit. */
-		if (g->limit_bytes && g->used_bytes > g->limit_bytes)
+		/* I6: used bytes stay within the limit, or work down to one that was lowered. */
+		g->lowered_from = OM_MIN(g->lowered_from, g->used_bytes);
+		if (g->limit_bytes && g->used_bytes > OM_MAX(g->limit_bytes, g->lowered_from))
 			return om_err(OM_ECORRUPT, "I6: group '%s' uses %llu of %llu bytes",
 			              g->name, LLU(g->used_bytes), LLU(g->limit_bytes));
 	}

@@ -238,11 +238,12 @@ int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, 
 	for (;;) {
 		bool own = !group_fits(g, bytes), any;
 		struct om_group *only = own ? g : NULL;
+		uint64_t need = bytes + (over_limit(g) ? g->used_bytes - g->limit_bytes : 0);
 		struct om_block *b;
 
 		if (!own && om_pool_fits(&s->pool, bytes))
 			return 0;
-		if (departing(s, only, bytes, &any))
+		if (departing(s, only, need, &any))
 			return OM_EAGAIN;
 		b = pick_victim(s, only, false, keep, keep_count);
 		if (b) {
@@ -260,6 +261,39 @@ int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, 
 			return any ? OM_EAGAIN : OM_EBUSY;
 		om_fetch_cancel_locked(s, b);
 	}
+}
+
+void om_room_shrink_locked(struct om_store *s, struct om_group *g)
+{
+	while (!s->closing && over_limit(g)) {
+		bool any;
+		struct om_block *b;
+
+		if (departing(s, g, g->used_bytes - g->limit_bytes, &any))
+			return;
+		b = pick_victim(s, g, false, NULL, 0);
+		if (b) {
+			om_room_drop_locked(s, b);
+			continue;
+		}
+		b = pick_victim(s, g, true, NULL, 0);
+		if (b) {
+			if (spill_locked(s, b))
+				return; /* who needs the room tries again, and hears why not */
+			continue;
+		}
+		b = pick_ahead(s, g, NULL, 0);
+		if (!b)
+			return;
+		om_fetch_cancel_locked(s, b);
+	}
+}
+
+void om_room_released_locked(struct om_store *s, struct om_block *b)
+{
+	if (over_limit(b->group) && b->host == OM_COPY_VALID && !b->leases && !b->holds &&
+	    om_block_clean(b))
+		om_room_drop_locked(s, b);
 }
 
 int om_room_verdict_locked(struct om_store *s, int code, unsigned failed_before)

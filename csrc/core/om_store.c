@@ -495,9 +495,13 @@ int om_store_group(struct om_store *s, const char *group, uint64_t host_limit_by
 	if (code)
 		return code;
 	g = om_store_find_group_locked(s, group);
-	if (g)
-		g->limit_bytes = om_down(host_limit_bytes, OM_PAGE);
-	return leave(s, g ? 0 : om_err_last()->code);
+	if (!g)
+		return leave(s, om_err_last()->code);
+	g->limit_bytes = om_down(host_limit_bytes, OM_PAGE);
+	g->lowered_from = g->used_bytes;
+	om_room_shrink_locked(s, g);
+	om_store_changed_locked(s);
+	return leave(s, 0);
 }
 
 struct om_block *om_store_find_locked(struct om_store *s, const char *name)

@@ -91,6 +91,11 @@ int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, 
 /* As above, waiting until there is room. */
 int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
                         uint64_t deadline_ns, struct om_block *const *keep, size_t keep_count);
+/* Bring a group back under a limit that was lowered, as far as leases allow: clean idle copies go now,
+ * dirty ones are on their way out. Waits for no I/O; may give up the lock. */
+void om_room_shrink_locked(struct om_store *s, struct om_group *g);
+/* The last lease of a block went: when its group is over its limit, a clean copy goes as well. */
+void om_room_released_locked(struct om_store *s, struct om_block *b);
 /* Give up an idle clean copy. */
 void om_room_drop_locked(struct om_store *s, struct om_block *b);
 /* Let one idle or leaving block go. 1, 0 (leased) or an error. May give up the lock. */

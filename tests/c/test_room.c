@@ -161,6 +161,62 @@ static void leased_blocks_are_named(void)
 	om_store_unref(s);
 }
 
+static uint64_t host_used(struct om_store *s)
+{
+	struct om_stats stats;
+
+	CHECK_EQ(om_store_check(s), 0);
+	CHECK_EQ(om_store_stats(s, &stats), 0);
+	return stats.host.used_bytes;
+}
+
+/* Both in HOST and on DISK. */
+static void add_clean(struct om_store *s, const char *name, const char *group, uint64_t nbytes)
+{
+	struct om_lease *l;
+
+	add(s, name, group, nbytes);
+	CHECK_EQ(om_store_evict(s, name, SOON), 1);
+	CHECK_EQ(om_store_lease(s, name, false, SOON, &l), 0);
+	om_lease_unref(l);
+}
+
+/* A limit that is lowered below what the group uses: idle copies go, leased ones when they are let go. */
+static void a_lowered_limit_evicts(void)
+{
+	struct om_store *s = open_store(16 << 20, 64 << 20);
+	uint64_t until = SOON;
+	struct om_lease *l;
+
+	for (int i = 0; i < 3; i++) {
+		add_clean(s, (const char *[]){ "c0", "c1", "c2" }[i], "g", 1 << 20);
+		add(s, (const char *[]){ "d0", "d1", "d2" }[i], "g", 1 << 20);
+	}
+	CHECK_EQ(om_store_lease(s, "c1", false, SOON, &l), 0);
+	CHECK_EQ(host_used(s), 6 << 20);
+	CHECK_EQ(om_store_group(s, "g", 4 << 20), 0); /* clean ones, at once */
+	CHECK_EQ(host_used(s), 4 << 20);
+	CHECK_EQ(om_store_group(s, "g", 2 << 20), 0); /* dirty ones, written out */
+	while (host_used(s) > 2 << 20 && om_now() < until)
+		usleep(1000);
+	CHECK_EQ(host_used(s), 2 << 20);
+	CHECK_EQ(om_store_group(s, "g", OM_PAGE), 0); /* all but the leased one */
+	while (host_used(s) > 1 << 20 && om_now() < until)
+		usleep(1000);
+	CHECK_EQ(host_used(s), 1 << 20);
+	om_lease_unref(l);
+	CHECK_EQ(host_used(s), 0);
+	CHECK_EQ(om_store_group(s, "g", 0), 0);
+	for (int i = 0; i < 3; i++) {
+		CHECK_EQ(
+			om_store_lease(s, (const char *[]){ "d0", "d1", "d2" }[i], false, SOON, &l),
+			0);
+		CHECK(memcmp(om_lease_data(l), data, 1 << 20) == 0);
+		om_lease_unref(l);
+	}
+	om_store_unref(s);
+}
+
 int main(void)
 {
 	const char *io = getenv("OMNIMEM_IO");
@@ -176,6 +232,7 @@ int main(void)
 	another_victim_is_tried();
 	speculation_is_counted();
 	leased_blocks_are_named();
+	a_lowered_limit_evicts();
 	CHECK(rmdir(dir) == 0);
 	return 0;
 }
