@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from omnimem import _core, checkpoint
-from omnimem._units import unit_names
+from omnimem._units import execution_order, unit_names
 from omnimem.config import StoreConfig, format_size, parse_size
 from omnimem.errors import FormatError
 from omnimem.plan import Plan, Tensor, make_plan
@@ -156,10 +156,12 @@ def _attach(
         raise ValueError("this model streams already; call model.omnimem.detach() first")
     params = dict(model.named_parameters())
     _check_fit(params, dict(model.named_buffers()), files, folder)
-    grouped: dict[str, list[Tensor]] = {}
-    for name, unit in unit_names(params).items():
+    units = unit_names(params)
+    order = execution_order(units.values(), getattr(model, "config", None))
+    grouped: dict[str, list[Tensor]] = {unit: [] for unit in order}
+    for name, unit in units.items():
         info = files.info(name)
-        grouped.setdefault(unit, []).append(Tensor(name, info.file, info.offset, info.nbytes))
+        grouped[unit].append(Tensor(name, info.file, info.offset, info.nbytes))
     plan = make_plan(grouped.items(), budget)
     files.check_unchanged()
     own_store = None
