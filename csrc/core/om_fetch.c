@@ -165,17 +165,20 @@ struct finish_job {
 	struct om_move *move;
 };
 
-static void finish_for_nobody(struct om_job *job)
+static bool finish_for_nobody(struct om_job *job)
 {
 	struct finish_job *f = om_container_of(job, struct finish_job, job);
 	struct om_store *s = f->store;
+	bool more;
 
 	om_mutex_lock(&s->lock);
-	while (!s->closing && om_fetch_work_locked(s, f->move))
-		;
-	om_move_unref(f->move);
+	more = !s->closing && om_fetch_work_locked(s, f->move);
+	if (!more)
+		om_move_unref(f->move);
 	om_mutex_unlock(&s->lock);
-	om_free(f);
+	if (!more)
+		om_free(f);
+	return more;
 }
 
 /* A whole fill that nobody waits for goes to the worker. Without memory for the job it stays as it

@@ -50,15 +50,16 @@ struct populate_job {
 	struct om_move *move;
 };
 
-static void populate(struct om_job *job)
+/* A step of a segment; the steps follow each other, segments can be faulted in side by side. */
+static bool populate(struct om_job *job)
 {
 	struct populate_job *p = om_container_of(job, struct populate_job, job);
 	struct om_segment *seg = p->segment;
 	struct om_store *s = p->store;
 	uint64_t at = __atomic_load_n(&seg->populated, __ATOMIC_RELAXED);
 
-	while (at < seg->bytes && !__atomic_load_n(&s->closing, __ATOMIC_RELAXED) &&
-	       !__atomic_load_n(&p->move->canceled, __ATOMIC_RELAXED)) {
+	if (at < seg->bytes && !__atomic_load_n(&s->closing, __ATOMIC_RELAXED) &&
+	    !__atomic_load_n(&p->move->canceled, __ATOMIC_RELAXED)) {
 		uint64_t bytes = OM_MIN(POPULATE_STEP, seg->bytes - at);
 
 		if (om_host_populate((char *)seg->base + at, bytes))
@@ -71,12 +72,15 @@ static void populate(struct om_job *job)
 			wake_locked(s);
 			om_mutex_unlock(&s->lock);
 		}
+		if (at < seg->bytes)
+			return true;
 	}
 	om_mutex_lock(&s->lock);
 	om_move_unref(p->move);
 	om_mutex_unlock(&s->lock);
 	om_segment_unref(seg);
 	om_free(p);
+	return false;
 }
 
 /* Have the pages of a fresh segment faulted in by the worker; without memory for the job the reads
@@ -379,6 +383,7 @@ int om_mover_start(struct om_store *s)
 	code = om_thread_start(&s->mover_thread, "omnimem-mover", mover_run, s);
 	if (code) {
 		om_work_stop(&s->work);
+		om_work_fini(&s->work);
 		return code;
 	}
 	s->mover_started = true;
@@ -391,6 +396,7 @@ int om_mover_start(struct om_store *s)
 	pthread_join(s->mover_thread, NULL);
 	s->mover_started = false;
 	om_work_stop(&s->work);
+	om_work_fini(&s->work);
 	return om_err_set(&s->mover_error);
 }
 

@@ -51,7 +51,13 @@ void om_store_changed_locked(struct om_store *s)
 void om_store_wait_locked(struct om_store *s, uint64_t deadline_ns)
 {
 	s->waiters++;
-	om_cond_wait(&s->changed, &s->lock, OM_MIN(deadline_ns, om_now() + WAIT_SLICE));
+	if (!s->closing && om_work_pending(&s->work)) {
+		om_mutex_unlock(&s->lock);
+		om_work_help(&s->work);
+		om_mutex_lock(&s->lock);
+	} else {
+		om_cond_wait(&s->changed, &s->lock, OM_MIN(deadline_ns, om_now() + WAIT_SLICE));
+	}
 	s->waiters--;
 	om_store_drain_locked(s);
 }
@@ -180,6 +186,7 @@ int om_store_close(struct om_store *s)
 		om_cond_wait(&s->changed, &s->lock, om_now() + WAIT_SLICE);
 		cancel_moves_locked(s);
 	}
+	om_work_fini(&s->work);
 	om_store_drain_locked(s);
 	forget_blocks_locked(s);
 	om_pool_fini(&s->pool);

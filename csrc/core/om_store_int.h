@@ -71,7 +71,7 @@ struct om_store {
 int om_store_enter(struct om_store *s);
 void om_store_drain_locked(struct om_store *s);
 /* Wait for a change, at most until the deadline or a few milliseconds (released leases come without
- * a signal). */
+ * a signal); with work queued, do a piece of that instead. */
 void om_store_wait_locked(struct om_store *s, uint64_t deadline_ns);
 void om_store_changed_locked(struct om_store *s);
 struct om_group *om_store_find_group_locked(struct om_store *s, const char *name);
