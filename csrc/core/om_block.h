@@ -54,7 +54,7 @@ struct om_block {
 	struct om_foreign *foreign; /* HOST bytes of somebody else */
 	uint8_t *data; /* first byte, inside mem or foreign; valid unless host is NONE */
 	unsigned leases;
-	unsigned holds; /* threads that read the bytes without the lock, to write them out */
+	unsigned holds; /* threads that hash the bytes without the lock */
 	unsigned views; /* atomic: references that foreign consumers hold */
 	bool writer;    /* the one lease is a write lease */
 	struct om_list holders; /* struct om_lease */

@@ -103,15 +103,74 @@ static bool departing(struct om_store *s, struct om_group *only, uint64_t bytes,
 
 /* ---- spilling ---- */
 
-/* Disk copies of blocks that are in memory are given up first. */
-static void drop_stale_locked(struct om_store *s)
+/* Append the leased blocks, those with views or those without, as long as they fit. */
+static void list_holders(struct om_store *s, const struct om_group *only, bool viewed, char *text,
+                         size_t size)
 {
+	size_t used = strlen(text);
+
+	OM_LIST_FOREACH(link, &s->blocks) {
+		const struct om_block *b = om_container_of(link, struct om_block, all);
+		unsigned views = __atomic_load_n(&b->views, __ATOMIC_RELAXED);
+		int n;
+
+		if (!b->leases || b->host == OM_COPY_NONE || (only && b->group != only) ||
+		    (views > 0) != viewed)
+			continue;
+		n = snprintf(text + used, size - used, "%s%s (%u leases, %u views)",
+		             used ? "\n" : "", b->name, b->leases, views);
+		if (n < 0 || used + (size_t)n >= size) {
+			text[used] = '\0';
+			return;
+		}
+		used += (size_t)n;
+	}
+}
+
+/* Give up the disk copy of an idle block that is in memory too. A consumer may have written to a view
+ * that was read-only (torch ignores that), so the bytes in memory replace those on disk only when they
+ * hash the same; else the memory goes, and the disk keeps what was stored. No flag "was exported"
+ * would do instead: nearly every block in memory was, and without their disk copies giving way, blocks
+ * could not be exchanged when the disk is full. The lock is given up; a lease meanwhile ends LEAVING. */
+static bool drop_disk_copy_locked(struct om_store *s, struct om_block *b)
+{
+	bool same;
+
+	om_block_leave_begin(b);
+	b->holds++;
+	s->inside++;
+	om_mutex_unlock(&s->lock);
+	same = om_hash(b->data, b->nbytes) == b->hash;
+	om_mutex_lock(&s->lock);
+	b->holds--;
+	s->inside--;
+	if (b->host == OM_COPY_LEAVING && !same) {
+		om_room_drop_locked(s, b);
+	} else if (b->host == OM_COPY_LEAVING) {
+		om_block_disk_drop(b, &s->disk);
+		om_block_leave_rescue(b);
+	}
+	om_store_reap_locked(s, b);
+	om_store_changed_locked(s);
+	return same;
+}
+
+/* Have one disk copy of a block that is in memory give way. 1: look again; 0: there is none; OM_EBUSY:
+ * none now, but what is leased may be let go, or room was made in memory. Gives up the lock. */
+static int drop_stale_locked(struct om_store *s)
+{
+	int found = 0;
+
 	OM_LIST_FOREACH(link, &s->blocks) {
 		struct om_block *b = om_container_of(link, struct om_block, all);
 
-		if (b->disk == OM_COPY_VALID && b->host == OM_COPY_VALID && !b->move)
-			om_block_disk_drop(b, &s->disk);
+		if (b->disk != OM_COPY_VALID || b->host != OM_COPY_VALID)
+			continue;
+		if (!b->leases && !b->holds)
+			return drop_disk_copy_locked(s, b) ? 1 : OM_EBUSY;
+		found = OM_EBUSY; /* whoever holds it may write to it any time */
 	}
+	return found;
 }
 
 static int grow_swap_locked(struct om_store *s, uint64_t target)
@@ -133,11 +192,37 @@ static int grow_swap_locked(struct om_store *s, uint64_t target)
 	return code ? code : om_disk_grown(&s->disk, target);
 }
 
+static int disk_full_error(struct om_store *s, const struct om_block *b, uint64_t bytes)
+{
+	return om_err(
+		OM_EDISKFULL,
+		"block '%s': no room on disk for %llu bytes: used %llu, disk_limit %llu; raise "
+		"disk_limit or remove blocks (the bytes are still in memory)",
+		b->name, (unsigned long long)bytes, (unsigned long long)s->disk.used_bytes,
+		(unsigned long long)s->disk.limit_bytes);
+}
+
+static int disk_busy_error(struct om_store *s, const struct om_block *b, uint64_t bytes)
+{
+	char holders[OM_ERROR_HOLDERS] = "";
+
+	list_holders(s, NULL, true, holders, sizeof(holders));
+	list_holders(s, NULL, false, holders, sizeof(holders));
+	om_err(OM_EBUSY,
+	       "block '%s': no room on disk for %llu bytes while blocks that are in use keep their copies "
+	       "there: used %llu, disk_limit %llu; let leases and views go, or raise disk_limit",
+	       b->name, (unsigned long long)bytes, (unsigned long long)s->disk.used_bytes,
+	       (unsigned long long)s->disk.limit_bytes);
+	memcpy(om_err_last()->holders, holders, sizeof(holders));
+	return OM_EBUSY;
+}
+
+/* Room on disk for a block that is LEAVING. May give up the lock. */
 static int disk_reserve_locked(struct om_store *s, struct om_block *b, uint64_t bytes)
 {
-	for (bool dropped = false;;) {
+	for (;;) {
 		uint64_t target;
-		int code = om_disk_alloc(&s->disk, bytes, &b->disk_copy);
+		int stale, code = om_disk_alloc(&s->disk, bytes, &b->disk_copy);
 
 		if (code != -ENOSPC)
 			return code;
@@ -149,18 +234,11 @@ static int disk_reserve_locked(struct om_store *s, struct om_block *b, uint64_t 
 		code = target ? grow_swap_locked(s, target) : OM_EDISKFULL;
 		if (!code)
 			continue;
-		if (dropped) {
-			if (!target)
-				om_err(OM_EDISKFULL,
-				       "block '%s': no room on disk for %llu bytes: used %llu, disk_limit %llu; raise "
-				       "disk_limit or remove blocks (the bytes are still in memory)",
-				       b->name, (unsigned long long)bytes,
-				       (unsigned long long)s->disk.used_bytes,
-				       (unsigned long long)s->disk.limit_bytes);
-			return code;
-		}
-		drop_stale_locked(s);
-		dropped = true;
+		stale = drop_stale_locked(s);
+		if (stale == OM_EBUSY)
+			return disk_busy_error(s, b, bytes);
+		if (!stale)
+			return target ? code : disk_full_error(s, b, bytes);
 	}
 }
 
@@ -168,20 +246,21 @@ static int disk_reserve_locked(struct om_store *s, struct om_block *b, uint64_t 
  * no longer needed. */
 static int spill_locked(struct om_store *s, struct om_block *b)
 {
-	uint64_t hash, head = b->foreign ? 0 : (uintptr_t)b->data % OM_PAGE;
+	uint64_t hash = 0, head = b->foreign ? 0 : (uintptr_t)b->data % OM_PAGE;
 	struct om_move *m;
-	int code = 0;
+	int code;
 
 	om_block_leave_begin(b);
 	if (b->move) /* rescued while it was being written: the write goes on, with the same bytes */
 		return 0;
 	b->holds++;
 	s->inside++;
-	om_mutex_unlock(&s->lock);
-	hash = om_hash(b->data, b->nbytes);
-	om_mutex_lock(&s->lock);
-	if (b->host == OM_COPY_LEAVING && b->named)
-		code = disk_reserve_locked(s, b, om_up(OM_MAX(b->nbytes + head, 1), OM_PAGE));
+	code = disk_reserve_locked(s, b, om_up(OM_MAX(b->nbytes + head, 1), OM_PAGE));
+	if (!code && b->host == OM_COPY_LEAVING && b->named) {
+		om_mutex_unlock(&s->lock);
+		hash = om_hash(b->data, b->nbytes);
+		om_mutex_lock(&s->lock);
+	}
 	b->holds--;
 	s->inside--;
 	if (!code && s->closing)
@@ -324,35 +403,16 @@ int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
 	}
 }
 
-/* Append the leased blocks, those with views or those without, as long as they fit. */
-static void list_holders(struct om_store *s, const struct om_group *only, bool viewed, char *text,
-                         size_t size)
-{
-	size_t used = strlen(text);
-
-	OM_LIST_FOREACH(link, &s->blocks) {
-		const struct om_block *b = om_container_of(link, struct om_block, all);
-		unsigned views = __atomic_load_n(&b->views, __ATOMIC_RELAXED);
-		int n;
-
-		if (!b->leases || b->host == OM_COPY_NONE || (only && b->group != only) ||
-		    (views > 0) != viewed)
-			continue;
-		n = snprintf(text + used, size - used, "%s%s (%u leases, %u views)",
-		             used ? "\n" : "", b->name, b->leases, views);
-		if (n < 0 || used + (size_t)n >= size) {
-			text[used] = '\0';
-			return;
-		}
-		used += (size_t)n;
-	}
-}
-
 void om_room_busy_error(struct om_store *s, struct om_group *g, uint64_t bytes)
 {
 	char holders[OM_ERROR_HOLDERS] = "";
-	const struct om_group *only = group_fits(g, bytes) ? NULL : g;
+	struct om_group *only = group_fits(g, bytes) ? NULL : g;
+	const struct om_block *victim = pick_victim(s, only, true, NULL, 0);
 
+	if (victim && !om_disk_target(&s->disk, victim->nbytes)) {
+		disk_busy_error(s, victim, victim->nbytes);
+		return;
+	}
 	/* A stream's residents are always leased: views are what somebody can let go. */
 	list_holders(s, only, true, holders, sizeof(holders));
 	list_holders(s, only, false, holders, sizeof(holders));
@@ -382,6 +442,10 @@ int om_room_evict_locked(struct om_store *s, struct om_block *b, uint64_t deadli
 		}
 		if (b->host == OM_COPY_VALID && !b->holds) {
 			code = spill_locked(s, b);
+			if (code == OM_EBUSY && om_now() < deadline_ns) {
+				om_store_wait_locked(s, deadline_ns);
+				code = 0;
+			}
 		} else if (b->host == OM_COPY_LEAVING && b->move) {
 			code = om_fetch_settle_locked(s, b->move, deadline_ns);
 		} else {

@@ -217,6 +217,81 @@ static void a_lowered_limit_evicts(void)
 	om_store_unref(s);
 }
 
+/* Fill the disk (room for two blocks) through a group that has room for one, beside block "a", which
+ * is in HOST and on DISK: its copy there is what could give way. */
+static struct om_store *short_of_disk(void)
+{
+	struct om_store *s = open_store(16 << 20, 2 << 20);
+
+	add_clean(s, "a", NULL, 1 << 20);
+	CHECK_EQ(om_store_group(s, "g", 1 << 20), 0);
+	add(s, "x1", "g", 1 << 20);
+	add(s, "x2", "g", 1 << 20); /* x1 goes to the disk: it is full */
+	return s;
+}
+
+static int add_soon(struct om_store *s, const char *name)
+{
+	int code = om_store_add(s, name, "g", data, 1 << 20, NULL, om_deadline(OM_NSEC / 20));
+
+	CHECK_EQ(om_store_check(s), 0);
+	return code;
+}
+
+static void expect_stored(struct om_store *s, const char *name)
+{
+	struct om_lease *l;
+
+	CHECK_EQ(om_store_evict(s, name, SOON), 1);
+	CHECK_EQ(om_store_lease(s, name, false, SOON, &l), 0);
+	CHECK(memcmp(om_lease_data(l), data, 1 << 20) == 0);
+	om_lease_unref(l);
+	CHECK_EQ(om_store_check(s), 0);
+}
+
+/* torch ignores that a view is read-only: what a consumer wrote never replaces what was stored. */
+static void written_views_are_not_believed(void)
+{
+	struct om_store *s = short_of_disk();
+	struct om_lease *l;
+
+	CHECK_EQ(om_store_lease(s, "a", false, SOON, &l), 0);
+	((uint8_t *)om_lease_data(l))[12345] ^= 1;
+	om_lease_unref(l);
+	CHECK(add_soon(s, "x3") != 0); /* only the disk copy of "a" is right: it stays */
+	CHECK_EQ(om_store_remove(s, "x1"), 0);
+	expect_stored(s, "a");
+	om_store_unref(s);
+}
+
+static void leased_blocks_keep_their_disk_copy(void)
+{
+	struct om_store *s = short_of_disk();
+	struct om_lease *l;
+
+	CHECK_EQ(om_store_lease(s, "a", false, SOON, &l), 0);
+	CHECK_EQ(add_soon(s, "x3"), OM_EBUSY);
+	CHECK(strstr(om_err_last()->holders, "a (1 leases"));
+	CHECK_EQ(om_store_evict(s, "x2", om_deadline(OM_NSEC / 20)), OM_EBUSY);
+	CHECK(strstr(om_err_last()->holders, "a (1 leases"));
+	((uint8_t *)om_lease_data(l))[54321] ^= 1; /* now, after it was looked at */
+	om_lease_unref(l);
+	CHECK(add_soon(s, "x3") != 0);
+	CHECK_EQ(om_store_remove(s, "x1"), 0);
+	expect_stored(s, "a");
+	om_store_unref(s);
+}
+
+static void proven_disk_copies_give_way(void)
+{
+	struct om_store *s = short_of_disk();
+
+	CHECK_EQ(add_soon(s, "x3"), 0);
+	CHECK_EQ(om_store_remove(s, "x1"), 0);
+	expect_stored(s, "a");
+	om_store_unref(s);
+}
+
 int main(void)
 {
 	const char *io = getenv("OMNIMEM_IO");
@@ -233,6 +308,9 @@ int main(void)
 	speculation_is_counted();
 	leased_blocks_are_named();
 	a_lowered_limit_evicts();
+	written_views_are_not_believed();
+	leased_blocks_keep_their_disk_copy();
+	proven_disk_copies_give_way();
 	CHECK(rmdir(dir) == 0);
 	return 0;
 }
