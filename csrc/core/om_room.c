@@ -405,7 +405,8 @@ int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
 
 void om_room_busy_error(struct om_store *s, struct om_group *g, uint64_t bytes)
 {
-	char holders[OM_ERROR_HOLDERS] = "";
+	char holders[OM_ERROR_HOLDERS] = "", which[80];
+	uint64_t used;
 	struct om_group *only = group_fits(g, bytes) ? NULL : g;
 	const struct om_block *victim = pick_victim(s, only, true, NULL, 0);
 
@@ -416,12 +417,15 @@ void om_room_busy_error(struct om_store *s, struct om_group *g, uint64_t bytes)
 	/* A stream's residents are always leased: views are what somebody can let go. */
 	list_holders(s, only, true, holders, sizeof(holders));
 	list_holders(s, only, false, holders, sizeof(holders));
+	/* Memory of somebody else counts by lowering the pool's limit. */
+	used = only ? g->used_bytes
+	            : s->pool.used_bytes + (s->host_limit_bytes - s->pool.limit_bytes);
+	snprintf(which, sizeof(which), only ? "group '%s'" : "the store", g->name);
 	om_err(OM_EBUSY,
-	       "no room for %llu bytes at the deadline: group '%s' uses %llu of %llu bytes, the store %llu of "
-	       "%llu, and what is there is in use; let leases and views go, or raise the limit",
-	       (unsigned long long)bytes, g->name, (unsigned long long)g->used_bytes,
-	       (unsigned long long)g->limit_bytes, (unsigned long long)s->pool.used_bytes,
-	       (unsigned long long)s->host_limit_bytes);
+	       "no room for %llu bytes at the deadline: %s uses %llu of %llu bytes, and what is there "
+	       "is in use; let leases and views go, or raise the limit",
+	       (unsigned long long)bytes, which, (unsigned long long)used,
+	       (unsigned long long)(only ? g->limit_bytes : s->host_limit_bytes));
 	memcpy(om_err_last()->holders, holders, sizeof(holders));
 }
 

@@ -152,6 +152,8 @@ static void leased_blocks_are_named(void)
 	CHECK_EQ(om_store_add(s, "c", NULL, data, 900000, NULL, om_deadline(OM_NSEC / 100)),
 	         OM_EBUSY);
 	CHECK(!strcmp(om_err_last()->holders, "a (1 leases, 0 views)\nb (1 leases, 0 views)"));
+	CHECK(strstr(om_err_last()->text, "the store uses 1802240 of 2097152 bytes"));
+	CHECK(!strstr(om_err_last()->text, "group"));
 	CHECK_EQ(om_store_evict(s, "a", SOON), 0);
 	om_lease_unref(a);
 	add(s, "c", NULL, 900000);
@@ -159,6 +161,30 @@ static void leased_blocks_are_named(void)
 	CHECK_EQ(om_store_add(s, "d", NULL, data, 3 << 20, NULL, SOON), OM_ELIMIT);
 	CHECK(!strcmp(om_err_last()->which, "host"));
 	om_store_unref(s);
+}
+
+/* The limit that binds is the one that is printed. */
+static void the_tight_limit_is_named(void)
+{
+	static uint8_t mine[(1 << 20) + OM_PAGE];
+	struct om_store *s = open_store(2 << 20, 32 << 20);
+	struct om_lease *a, *b;
+
+	CHECK_EQ(om_store_group(s, "g", 8192), 0);
+	add(s, "a", "g", 5000);
+	CHECK_EQ(om_store_lease(s, "a", false, SOON, &a), 0);
+	CHECK_EQ(om_store_add(s, "b", "g", data, 5000, NULL, om_deadline(OM_NSEC / 100)), OM_EBUSY);
+	CHECK(strstr(om_err_last()->text, "group 'g' uses 8192 of 8192 bytes"));
+	om_lease_unref(a);
+	CHECK_EQ(om_store_remove(s, "a"), 0);
+	CHECK_EQ(om_store_take(s, "m", NULL, mine, sizeof(mine), NULL, nothing, NULL, SOON), 0);
+	CHECK_EQ(om_store_lease(s, "m", false, SOON, &b), 0);
+	CHECK_EQ(om_store_add(s, "b", NULL, data, 1 << 20, NULL, om_deadline(OM_NSEC / 100)),
+	         OM_EBUSY);
+	CHECK(strstr(om_err_last()->text, "the store uses 1052672 of 2097152 bytes"));
+	om_lease_unref(b);
+	om_store_unref(s);
+	om_store_collect(NULL);
 }
 
 static uint64_t host_used(struct om_store *s)
@@ -307,6 +333,7 @@ int main(void)
 	another_victim_is_tried();
 	speculation_is_counted();
 	leased_blocks_are_named();
+	the_tight_limit_is_named();
 	a_lowered_limit_evicts();
 	written_views_are_not_believed();
 	leased_blocks_keep_their_disk_copy();
