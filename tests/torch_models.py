@@ -25,6 +25,12 @@ PAGE = 4096
 PRESETS = ("tiny", "tiny-qwen3", "tiny-llama")
 SMALL_HEAD = "small-head"
 """Qwen3 with a tied embedding that is smaller than a layer, so that it streams too."""
+LARGE = "large"
+"""The same with 120 MB in 24 layers, so that its memory shows in what the process holds."""
+_OWN = {
+    SMALL_HEAD: {},
+    LARGE: {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24},
+}
 
 
 class Said(NamedTuple):
@@ -45,9 +51,9 @@ def root() -> Path:
 def folder(preset: str) -> Path:
     """The checkpoint, made once a process; copy it before changing it."""
     place = root() / preset
-    if preset == SMALL_HEAD:
+    if preset in _OWN:
         config = transformers.Qwen3Config(
-            **{**synth.PRESETS["tiny-qwen3"].text, "vocab_size": 512},
+            **{**synth.PRESETS["tiny-qwen3"].text, "vocab_size": 512, **_OWN[preset]},
             tie_word_embeddings=True,
             dtype="bfloat16",
         )

@@ -209,7 +209,7 @@ class Streamed:
         self._passes = 0
         self._pass_bytes = self._seen_bytes = 0
         self._pass_started = self._pass_seconds = self._pass_stall = self._seen_stall = 0.0
-        self._names: list[str] = []
+        self._names: list[list[str]] = []
         before: list[tuple[nn.Parameter, torch.Tensor]] = []
         try:
             self._stream, self._params = self._make_stream(params, files)
@@ -238,13 +238,15 @@ class Streamed:
         units, windows, bound = [], [], []
         for unit in self._plan.units:
             blocks, views = [], []
+            names: list[str] = []
+            self._names.append(names)
             mine: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
             for index, run in enumerate(unit.runs):
                 name = f"{self._group}/{unit.name}#{index}"
                 self._store.add_file(
                     name, run.tensors[0].file, run.offset, run.nbytes, group=self._group
                 )
-                self._names.append(name)
+                names.append(name)
                 blocks.append((name, run.resident))
                 for tensor in run.tensors:
                     info = files.info(tensor.name)
@@ -356,6 +358,11 @@ class Streamed:
                 param.data = _unset(param.shape, param.dtype)
 
     def _begin_pass(self, module: nn.Module, args: Any) -> None:
+        self._reclaim()
+        self._pass_started = time.perf_counter()
+
+    def _reclaim(self) -> None:
+        """Leave what an interrupt left loaded, in this thread or in one that is no more."""
         mine = self._mine
         for entered in list(self._threads):
             thread, held, ended = entered
@@ -366,7 +373,6 @@ class Streamed:
         while mine.held:
             self._let_go()
         self._settle()
-        self._pass_started = time.perf_counter()
 
     def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         seconds = time.perf_counter() - self._pass_started
@@ -466,29 +472,48 @@ class Streamed:
     def detach(self) -> nn.Module:
         """Make every parameter an ordinary tensor in memory; hooks go, an own store closes.
 
-        Memory for all weights is needed beside the budget. When a weight cannot be read, its error
-        is raised and the model streams on.
+        What streams is copied first, a block at a time; then each resident block goes as soon as
+        its copy is there. So the model takes no more memory than its weights and the ring at any
+        moment. (A shared store keeps what it gets back for its other blocks.) When a weight cannot
+        be read, its error is raised and the model streams on; when copying a resident one fails,
+        the model has all its weights, and another call goes on.
         """
         if self._ended:
             return self._model
         with torch.inference_mode(False):
-            copies = list(self._copies())
-            self._unhook()
-            for param, tensor in copies:
-                param.data = tensor
+            if self._handles:
+                self._reclaim()
+                for param, tensor in list(self._copies()):
+                    param.data = tensor
+                self._unhook()
+            # What is left of the store are the windows on resident blocks: a block's last one
+            # takes its memory along.
+            self._stream.close()
+            if self._own_store is not None:
+                self._own_store.close()
+            for names, (resident, _) in zip(self._names, self._params, strict=True):
+                for param in resident:
+                    param.data = param.data.clone()
+                self._remove(names)
         self._release()
         return self._model
 
     def _copies(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        for unit, (resident, streamed) in enumerate(self._params):
-            yield from [(param, param.data.clone()) for param in resident]
-            if not streamed:
-                continue
-            self._enter(unit, self._model, ())
-            try:
-                yield from [(param, param.data.clone()) for param in streamed]
-            finally:
-                self._leave(unit, self._model, (), None)
+        """Copies of what streams; nothing is read ahead, since nothing is read twice."""
+        for unit, names, (_, streamed) in zip(
+            self._plan.units, self._names, self._params, strict=True
+        ):
+            params = iter(streamed)
+            for run, name in zip(unit.runs, names, strict=True):
+                if run.resident:
+                    continue
+                with self._store.lease(name, timeout=self._timeout) as lease:
+                    for tensor in run.tensors:
+                        param = next(params)
+                        dtype = str(param.dtype).removeprefix("torch.")
+                        at = tensor.offset - run.offset
+                        yield param, from_dlpack(lease.window(at, dtype, param.shape)).clone()
+                self._store.evict(name)
 
     def close(self) -> None:
         """For a model that is thrown away: hooks go, parameters are unset, an own store closes."""
@@ -517,13 +542,18 @@ class Streamed:
             self._stream.close()
         if self._own_store is not None:
             self._own_store.close()
-        else:
-            for name in self._names:
-                self._store.remove(name)
-        self._names.clear()
+        for names in self._names:
+            self._remove(names)
         if getattr(self._model, "omnimem", None) is self:
             del self._model.omnimem
         self._ended = True
+
+    def _remove(self, names: list[str]) -> None:
+        """Take blocks out of a shared store; safe to repeat."""
+        if self._own_store is None:
+            for name in names:
+                if name in self._store:
+                    self._store.remove(name)
 
 
 _Entered = tuple[threading.Thread, list[int], list[int]]
