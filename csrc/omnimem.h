@@ -119,7 +119,8 @@ struct om_stats {
 	struct om_tier_stats host, disk;
 	uint64_t exported_bytes; /* of blocks with a live view (buffer, DLPack) */
 	uint64_t blocks, leases;
-	uint64_t hits, misses;         /* leases that found the bytes in HOST, or did not */
+	/* leases that found the bytes in HOST, or did not; asked for again after OM_EBUSY: counted once */
+	uint64_t hits, misses;
 	uint64_t fills, drops, writes; /* copies brought in, dropped for free, written to DISK */
 	uint64_t read_bytes, written_bytes; /* of device I/O, supersets included */
 	uint64_t read_busy_ns;              /* with at least one read in flight */

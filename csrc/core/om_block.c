@@ -122,6 +122,7 @@ static void free_host(struct om_block *b, struct om_pool *p)
 	b->data = NULL;
 	b->host = OM_COPY_NONE;
 	b->unused = false;
+	b->counted = 0;
 	om_list_del(&b->order);
 }
 

@@ -54,9 +54,9 @@ struct om_block {
 	struct om_foreign *foreign; /* HOST bytes of somebody else */
 	uint8_t *data; /* first byte, inside mem or foreign; valid unless host is NONE */
 	unsigned leases;
-	unsigned holds; /* threads that hash the bytes without the lock */
-	unsigned views; /* atomic: references that foreign consumers hold */
-	bool writer;    /* the one lease is a write lease */
+	unsigned holds;         /* threads that hash the bytes without the lock */
+	unsigned views;         /* atomic: references that foreign consumers hold */
+	bool writer;            /* the one lease is a write lease */
 	struct om_list holders; /* struct om_lease */
 	struct om_disk_copy disk_copy;
 	struct om_move *move; /* under way for this block, or NULL */
@@ -64,6 +64,8 @@ struct om_block {
 	uint64_t hash;             /* XXH3-64 of the bytes of origin or disk copy */
 	bool hash_known, verified; /* verified: compared at least once */
 	bool unused;               /* HOST was fetched ahead and nobody has leased it since */
+	unsigned
+		counted; /* leases that left at their deadline, counted as hit or miss, to come again */
 };
 
 int om_block_create(const char *name, uint64_t nbytes, struct om_group *group,

@@ -408,6 +408,24 @@ static int summon_locked(struct om_store *s, struct om_block *const *blocks, siz
 	}
 }
 
+/* Count a lease as a hit or a miss. One that comes again after its deadline was counted then, so that
+ * a caller who waits in slices counts once. (One that does not come again leaves the next uncounted.) */
+static void count_lease_locked(struct om_store *s, struct om_block *b, struct om_move *m)
+{
+	bool again = b->counted > 0;
+
+	b->counted -= again;
+	if (m) {
+		s->counters.misses += !again;
+		s->counters.prefetch_hits += m->speculative;
+		m->speculative = false;
+	} else {
+		s->counters.hits += !again;
+		s->counters.prefetch_hits += b->unused;
+		b->unused = false;
+	}
+}
+
 #define FEW 16
 
 int om_fetch_lease_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
@@ -432,15 +450,9 @@ int om_fetch_lease_locked(struct om_store *s, struct om_block *const *blocks, si
 			om_block_leave_rescue(b);
 		om_block_lease(b);
 		moves[i] = b->host == OM_COPY_FILLING ? b->move : NULL;
-		if (!moves[i]) {
-			s->counters.hits++;
-			s->counters.prefetch_hits += b->unused;
-			b->unused = false;
+		count_lease_locked(s, b, moves[i]);
+		if (!moves[i])
 			continue;
-		}
-		s->counters.misses++;
-		s->counters.prefetch_hits += moves[i]->speculative;
-		moves[i]->speculative = false;
 		om_move_ref(moves[i]);
 		om_mover_promote_locked(s, moves[i]);
 	}
@@ -450,6 +462,7 @@ int om_fetch_lease_locked(struct om_store *s, struct om_block *const *blocks, si
 	for (size_t i = 0; i < count; i++) {
 		bool lost = moves[i] && moves[i]->settled && moves[i]->error->code;
 
+		blocks[i]->counted += code == OM_EBUSY;
 		if (code && !lost)
 			om_fetch_unlease_locked(s, blocks[i]);
 		om_move_unref(moves[i]);

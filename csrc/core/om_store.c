@@ -399,6 +399,7 @@ static int lease_alone_locked(struct om_store *s, struct om_block *b, uint64_t d
 
 		if (code || (b->leases == 1 && !b->move && !b->holds))
 			return code;
+		b->counted++; /* it comes again */
 		om_fetch_unlease_locked(s, b);
 		do {
 			if (s->closing)

@@ -140,6 +140,52 @@ static void speculation_is_counted(void)
 	om_store_unref(s);
 }
 
+/* A lease that is waited for in slices is one hit or one miss for each block, as if at one go. */
+static void slices_count_once(void)
+{
+	const char *names[] = { "a", "b" };
+	struct om_stream_unit unit = { "u", names, (const bool[]){ false, false }, 2 };
+	struct om_store *s = open_store(4 << 20, 32 << 20);
+	struct om_stats stats;
+	struct om_stream *st;
+	struct om_lease *l;
+	bool bind;
+	int code;
+
+	add(s, "a", NULL, 900000);
+	add(s, "b", NULL, 900000);
+	CHECK_EQ(om_store_evict(s, "a", SOON), 1);
+	while ((code = om_store_lease(s, "a", false, om_now(), &l)) == OM_EBUSY)
+		usleep(50);
+	CHECK_EQ(code, 0);
+	om_lease_unref(l);
+	CHECK_EQ(om_store_stats(s, &stats), 0);
+	CHECK_EQ(stats.misses, 1);
+	CHECK_EQ(stats.hits, 0);
+	CHECK_EQ(om_stream_create(s, NULL, &unit, 1, &st), 0);
+	CHECK_EQ(om_store_evict(s, "a", SOON), 1); /* one block is there, the other is not */
+	while ((code = om_stream_enter(st, 0, om_now(), &bind)) == OM_EBUSY)
+		usleep(50);
+	CHECK_EQ(code, 0);
+	CHECK_EQ(om_store_stats(s, &stats), 0);
+	CHECK_EQ(stats.misses, 2);
+	CHECK_EQ(stats.hits, 1);
+	om_stream_bound(st, 0, true);
+	CHECK_EQ(om_store_lease(s, "b", false, SOON, &l), 0);
+	om_lease_unref(l);
+	CHECK_EQ(om_store_stats(s, &stats), 0);
+	CHECK_EQ(stats.hits, 2);
+	for (int i = 0; i < 5; i++)
+		CHECK_EQ(om_store_lease(s, "b", true, om_now(), &l), OM_EBUSY);
+	om_stream_free(st);
+	CHECK_EQ(om_store_lease(s, "b", true, SOON, &l), 0);
+	om_lease_unref(l);
+	CHECK_EQ(om_store_stats(s, &stats), 0);
+	CHECK_EQ(stats.hits, 3);
+	CHECK_EQ(om_store_check(s), 0);
+	om_store_unref(s);
+}
+
 static void leased_blocks_are_named(void)
 {
 	struct om_store *s = open_store(2 << 20, 32 << 20);
@@ -332,6 +378,7 @@ int main(void)
 	writes_that_fail_are_told();
 	another_victim_is_tried();
 	speculation_is_counted();
+	slices_count_once();
 	leased_blocks_are_named();
 	the_tight_limit_is_named();
 	a_lowered_limit_evicts();
