@@ -64,8 +64,7 @@ struct om_block {
 	uint64_t hash;             /* XXH3-64 of the bytes of origin or disk copy */
 	bool hash_known, verified; /* verified: compared at least once */
 	bool unused;               /* HOST was fetched ahead and nobody has leased it since */
-	unsigned
-		counted; /* leases that left at their deadline, counted as hit or miss, to come again */
+	unsigned counted; /* leases counted already: left at their deadline, they come again */
 };
 
 int om_block_create(const char *name, uint64_t nbytes, struct om_group *group,

@@ -47,31 +47,27 @@ void om_names_free(char **names, size_t count)
 
 int om_store_info(struct om_store *s, const char *name, struct om_info *ret)
 {
-	const struct om_block *b;
-	int code = om_store_enter(s);
+	struct om_block *b;
+	int code = om_store_enter_block(s, name, &b);
 
 	if (code)
 		return code;
-	b = om_store_find_locked(s, name);
-	if (b) {
-		memset(ret, 0, sizeof(*ret));
-		ret->nbytes = b->nbytes;
-		if (b->host == OM_COPY_VALID || b->host == OM_COPY_LEAVING)
-			ret->tiers |= OM_TIER_HOST;
-		if (b->disk == OM_COPY_VALID)
-			ret->tiers |= OM_TIER_DISK;
-		ret->leases = b->leases;
-		ret->desc = b->desc;
-		snprintf(ret->group, sizeof(ret->group), "%s", b->group->name);
-		ret->has_origin = b->ranges != NULL;
-		ret->origin_count = b->range_count;
-		if (b->range_count) {
-			snprintf(ret->origin, sizeof(ret->origin), "%s", b->ranges[0].file->path);
-			ret->origin_offset = b->ranges[0].offset;
-		}
+	memset(ret, 0, sizeof(*ret));
+	ret->nbytes = b->nbytes;
+	if (b->host == OM_COPY_VALID || b->host == OM_COPY_LEAVING)
+		ret->tiers |= OM_TIER_HOST;
+	if (b->disk == OM_COPY_VALID)
+		ret->tiers |= OM_TIER_DISK;
+	ret->leases = b->leases;
+	ret->desc = b->desc;
+	snprintf(ret->group, sizeof(ret->group), "%s", b->group->name);
+	ret->has_origin = b->ranges != NULL;
+	ret->origin_count = b->range_count;
+	if (b->range_count) {
+		snprintf(ret->origin, sizeof(ret->origin), "%s", b->ranges[0].file->path);
+		ret->origin_offset = b->ranges[0].offset;
 	}
-	om_mutex_unlock(&s->lock);
-	return b ? 0 : OM_ENAME;
+	return om_store_leave_block(s, b, 0);
 }
 
 int om_store_stats(struct om_store *s, struct om_stats *ret)

@@ -1,7 +1,8 @@
 /*
- * om_store_int: the store's inside, shared by om_store.c (life, adding), om_room.c (making room),
- * om_fetch.c (fills, waiting, the work owed), om_mover.c (the thread that owns the ring),
- * om_work.c (pages ahead of reads), om_stream.c, om_inspect.c. `_locked`: the store lock is held.
+ * om_store_int: the store's inside, shared by om_store.c (life, groups, waiting), om_lease.c, om_add.c,
+ * om_room.c (making room), om_fetch.c (fills, waiting, the work owed), om_mover.c (the thread that owns
+ * the ring), om_work.c (pages ahead of reads), om_ticket.c, om_stream.c, om_inspect.c. `_locked`: the
+ * store lock is held.
  */
 #ifndef OM_STORE_INT_H
 #define OM_STORE_INT_H
@@ -69,13 +70,26 @@ struct om_store {
 
 /* Enter a public function: 0 with the lock held, or OM_ECLOSED. */
 int om_store_enter(struct om_store *s);
-void om_store_drain_locked(struct om_store *s);
+int om_store_leave(struct om_store *s, int code); /* returns the code */
+/* As om_store_enter, with a block that stays until om_store_leave_block; also OM_ENAME. */
+int om_store_enter_block(struct om_store *s, const char *name, struct om_block **ret);
+int om_store_leave_block(struct om_store *s, struct om_block *b, int code);
+void om_store_unref_memory(struct om_store *s); /* the last one frees it */
 /* Wait for a change, at most until the deadline or a few milliseconds (released leases come without
  * a signal); with work queued, do a piece of that instead. */
 void om_store_wait_locked(struct om_store *s, uint64_t deadline_ns);
 void om_store_changed_locked(struct om_store *s);
 struct om_group *om_store_find_group_locked(struct om_store *s, const char *name);
 struct om_block *om_store_find_locked(struct om_store *s, const char *name); /* NULL: error set */
+
+/* om_lease.c */
+/* Take back the leases that were released. */
+void om_store_drain_locked(struct om_store *s);
+void om_lease_drain_closed(struct om_store *s); /* likewise, of a store that is closed */
+/* Make a lease object of a counted lease. NULL: error set, the count is untouched. */
+struct om_lease *om_lease_make_locked(struct om_store *s, struct om_block *b, bool write);
+
+/* om_add.c */
 /* An open file of this store for the path, or a new one. */
 int om_store_open_file(struct om_store *s, const char *path, struct om_file **ret);
 /* The block has no name, no lease and no move: it goes. */
@@ -131,8 +145,6 @@ int om_fetch_settle_locked(struct om_store *s, struct om_move *m, uint64_t deadl
 bool om_fetch_work_locked(struct om_store *s, struct om_move *m);
 /* The mover calls this when all requests of a move are back. */
 void om_fetch_landed_locked(struct om_store *s, struct om_move *m);
-/* Make a lease object of a counted lease. NULL: error set, the count is untouched. */
-struct om_lease *om_lease_make_locked(struct om_store *s, struct om_block *b, bool write);
 
 /* om_mover.c */
 int om_mover_start(struct om_store *s);
