@@ -77,6 +77,13 @@ def load(
         The checkpoint is broken, or does not hold this model.
     ValueError
         A mixture of experts, a dtype change, or a class that transformers does not have.
+
+    Notes
+    -----
+    Hooks of your own see the weights of the module that they are on, but for one kind: a forward
+    pre-hook that is put with `prepend=True` on a unit's module (a decoder layer, a vision block,
+    ...) after `load` or `attach`, or a global one, comes before the unit's weights, which are NaN
+    then. Put it on an inner module, leave out `prepend`, or register it before `attach`.
     """
     import transformers
 
@@ -131,7 +138,7 @@ def attach(
     """Serve the weights of an existing model from its checkpoint, within `budget` bytes.
 
     The parameters keep their identity; their former memory is let go. Nothing is changed when
-    the checkpoint does not fit the model. See `load` for parameters and errors.
+    the checkpoint does not fit the model. See `load` for parameters, errors and hooks.
     """
     folder = Path(model_dir)
     with checkpoint.open(folder) as files:
@@ -280,19 +287,19 @@ class Streamed:
                     id(module) in inside[id(wide)] for module in group for wide in others
                 ):
                     self._outer[unit].add(other)
-        self._add_hooks(self._model, self._begin_pass, self._end_pass)
         for unit, group in enumerate(modules):
             if not self._params[unit][1]:
                 continue
             for module in group:
-                self._add_hooks(module, partial(self._enter, unit), partial(self._leave, unit))
+                leave = module.register_forward_hook(partial(self._leave, unit), always_call=True)
+                self._handles.append(leave)
+                enter = partial(self._enter, unit, leave.id)
+                self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        # Put before the hooks of a unit that is the model itself: a pass begins with nothing held.
+        begin = self._model.register_forward_pre_hook(self._begin_pass, prepend=True)
+        end = self._model.register_forward_hook(self._end_pass, always_call=True)
+        self._handles += [begin, end]
         self._guard()
-
-    def _add_hooks(
-        self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]
-    ) -> None:
-        self._handles.append(module.register_forward_pre_hook(before, prepend=True))
-        self._handles.append(module.register_forward_hook(after, always_call=True))
 
     def _guard(self) -> None:
         """Whatever would read, copy or convert parameters that are not there says so."""
@@ -309,7 +316,10 @@ class Streamed:
 
     # -- hooks
 
-    def _enter(self, unit: int, module: nn.Module, args: Any) -> None:
+    def _enter(self, unit: int, leave: int, module: nn.Module, args: Any) -> None:
+        hooks: Any = module._forward_hooks
+        if next(reversed(hooks)) != leave:  # those that came after attach see the weights, too
+            hooks.move_to_end(leave)
         held = self._mine.held
         while held and held[-1] not in self._outer[unit] and held[-1] != unit:
             self._let_go()  # left loaded by an interrupt
