@@ -1,6 +1,6 @@
 /*
  * om_store_int: the store's inside, shared by om_store.c (life, groups, waiting), om_lease.c, om_add.c,
- * om_room.c (making room), om_fetch.c (fills, waiting, the work owed), om_mover.c (the thread that owns
+ * om_room.c (making room), om_spill.c, om_fetch.c (fills, waiting, the work owed), om_mover.c (the thread that owns
  * the ring), om_work.c (pages ahead of reads), om_ticket.c, om_stream.c, om_inspect.c. `_locked`: the
  * store lock is held.
  */
@@ -98,7 +98,7 @@ void om_store_reap_locked(struct om_store *s, struct om_block *b);
 /* om_room.c */
 #define OM_SPILL_TRIES 4 /* failed writes that a thread waiting for room puts up with */
 /* Can `bytes` more be had in `g` now? Drops clean idle copies for it, never waits. 0; OM_EAGAIN: something
- * is on its way out; OM_EBUSY: only leased copies are left; OM_ELIMIT: never. With `spill`, dirty idle
+ * is on its way out; OM_EBUSY: leased copies are in the way; OM_ELIMIT: never. With `spill`, dirty idle
  * copies are sent out as well (the lock is given up meanwhile: look everything up again). */
 int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, bool spill,
                         struct om_block *const *keep, size_t keep_count);
@@ -120,9 +120,18 @@ void om_fetch_cancel_locked(struct om_store *s, struct om_block *b);
  * often since `failed_before` (s->spills_failed), that error. */
 int om_room_verdict_locked(struct om_store *s, int code, unsigned failed_before);
 void om_room_busy_error(struct om_store *s, struct om_group *g, uint64_t bytes);
+/* List who leases blocks (of one group), those with views first, as far as it fits. `text` is "". */
+void om_room_holders(struct om_store *s, const struct om_group *only, char *text, size_t size);
 /* May a block of `bytes` without an origin be accepted? */
 int om_room_admit_locked(struct om_store *s, const char *name, uint64_t bytes);
 void om_room_unadmit_locked(struct om_store *s, uint64_t bytes);
+
+/* om_spill.c */
+/* Begin to write an idle dirty copy out. 0: it is under way or no longer needed; OM_EBUSY: the disk has
+ * no room until leases go; or an error. The lock is given up. */
+int om_spill_locked(struct om_store *s, struct om_block *b);
+/* Sets the error of that OM_EBUSY. */
+int om_spill_busy_error(struct om_store *s, const struct om_block *b, uint64_t bytes);
 
 /* om_fetch.c */
 /* HOST bytes that blocks without a HOST copy would take. */
