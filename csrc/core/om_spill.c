@@ -40,7 +40,8 @@ static bool drop_disk_copy_locked(struct om_store *s, struct om_block *b)
 }
 
 /* Have one disk copy of a block that is in memory give way. 1: look again; 0: there is none; OM_EBUSY:
- * none now, but what is leased may be let go, or room was made in memory. Gives up the lock. */
+ * none now, but what is leased or on its way in may give way later, or room was made in memory. The
+ * lock is given up. */
 static int drop_stale_locked(struct om_store *s)
 {
 	int found = 0;
@@ -48,11 +49,11 @@ static int drop_stale_locked(struct om_store *s)
 	OM_LIST_FOREACH(link, &s->blocks) {
 		struct om_block *b = om_container_of(link, struct om_block, all);
 
-		if (b->disk != OM_COPY_VALID || b->host != OM_COPY_VALID)
+		if (b->disk != OM_COPY_VALID || b->host == OM_COPY_NONE)
 			continue;
-		if (!b->leases && !b->holds)
+		if (b->host == OM_COPY_VALID && !b->leases && !b->holds)
 			return drop_disk_copy_locked(s, b) ? 1 : OM_EBUSY;
-		found = OM_EBUSY; /* whoever holds it may write to it any time */
+		found = OM_EBUSY; /* it still comes in, or whoever holds it may write to it */
 	}
 	return found;
 }

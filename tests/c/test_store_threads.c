@@ -504,6 +504,50 @@ static void fork_while_threads_run(void)
 	om_store_unref(s);
 }
 
+#define EVEN 900000 /* bytes of a block of exchange() */
+
+static void *exchange(void *arg)
+{
+	struct om_store *s = arg;
+	unsigned long long seed = 1 + om_now();
+
+	for (int n = 0; n < 150; n++) {
+		int i = (int)(om_test_random(&seed) % 10);
+		struct om_lease *l;
+		char name[16];
+
+		name_of(i, name);
+		CHECK_EQ(om_store_lease(s, name, false, SOON, &l), 0);
+		CHECK_EQ(*((uint8_t *)om_lease_data(l) + EVEN - 1), i);
+		om_lease_unref(l);
+		check(s);
+	}
+	return NULL;
+}
+
+/* Blocks that HOST and DISK only just hold together are exchanged by several threads: the disk copy of
+ * what one of them is bringing in gives way to what another has to write out, once it is there. */
+static void a_full_disk_is_waited_for(void)
+{
+	struct om_store *s = open_store(6 << 20, 6 * om_up(EVEN, OM_PAGE));
+	uint8_t *bytes = malloc(EVEN);
+	pthread_t threads[3];
+
+	for (int i = 0; i < 10; i++) {
+		char name[16];
+
+		name_of(i, name);
+		memset(bytes, i, EVEN);
+		CHECK_EQ(om_store_add(s, name, NULL, bytes, EVEN, NULL, SOON), 0);
+	}
+	for (int t = 0; t < 3; t++)
+		CHECK_EQ(pthread_create(&threads[t], NULL, exchange, s), 0);
+	for (int t = 0; t < 3; t++)
+		CHECK_EQ(pthread_join(threads[t], NULL), 0);
+	free(bytes);
+	om_store_unref(s);
+}
+
 int main(void)
 {
 	const char *io = getenv("OMNIMEM_IO"), *soak = getenv("OMNIMEM_SOAK");
@@ -520,6 +564,7 @@ int main(void)
 	close_under_workers();
 	close_under_a_spill();
 	fork_while_threads_run();
+	a_full_disk_is_waited_for();
 	for (int t = 0; t < THREADS; t++)
 		free(workers[t].words);
 	unlink(path);
