@@ -253,6 +253,20 @@ def test_groups(store: Store) -> None:
         store.add("large", bytes(3 * MIB), group="small")
 
 
+def test_a_lowered_group_limit(store: Store) -> None:
+    for i in range(4):
+        store.add(f"g{i}", data(MIB, i), group="g")
+    lease = store.lease("g0")
+    store.group("g", MIB)
+    deadline = time.monotonic() + 10
+    while store.stats().host.used_bytes > MIB and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [i for i in range(4) if "host" in store.info(f"g{i}").tiers] == [0]
+    store.check()
+    lease.release()
+    assert all(read(store, f"g{i}") == data(MIB, i) for i in range(4))
+
+
 def test_evict(store: Store) -> None:
     store.add("a", data(MIB))
     with store.lease("a"):

@@ -450,7 +450,8 @@ PyDoc_STRVAR(stats_doc, "_stats($self, /)\n--\n\nThe fields of StoreStats, as a 
 PyDoc_STRVAR(check_doc, "check($self, /)\n--\n\nRaise CorruptError when an invariant is broken.");
 PyDoc_STRVAR(group_doc,
              "group($self, name, host_limit)\n--\n\n"
-             "Limit the bytes in memory of a group of blocks; 0: only the store's limit binds.");
+             "Limit the bytes in memory of a group of blocks; 0: only the store's limit binds.\n"
+             "Lowering the limit moves idle blocks out, as far as leases allow.");
 PyDoc_STRVAR(close_doc, "close($self, /)\n--\n\n"
                         "Stop the threads and free what nobody sees; live views keep their bytes.");
 

@@ -102,7 +102,10 @@ class Store:
         """Raise CorruptError when an invariant of the store is broken."""
 
     def group(self, name: str, host_limit: int) -> None:
-        """Limit a group's bytes in memory; 0: only the store's limit binds."""
+        """Limit a group's bytes in memory; 0: only the store's limit binds.
+
+        Lowering the limit moves idle blocks out, as far as leases allow.
+        """
 
     def close(self) -> None:
         """Stop the threads and free what nobody sees; live views keep their bytes. Idempotent."""
