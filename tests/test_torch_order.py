@@ -134,7 +134,7 @@ def bytes_ahead(model: Any) -> int:
             if run.resident:
                 continue
             before = stream._store.stats().read_bytes
-            stream._store.lease(f"{stream._group}/{unit.name}#{index}").release()
+            stream._store.lease(f"{stream._units.group}/{unit.name}#{index}").release()
             if stream._store.stats().read_bytes != before:
                 return ahead
             ahead += run.host_bytes
