@@ -25,10 +25,13 @@ from .torch_models import (
     floor,
     folder,
     forward,
+    fresh,
     generate,
+    half,
     is_unset,
     layers,
     omnimem,
+    on_meta,
     our_threads,
     plain,
     same_bits,
@@ -39,10 +42,6 @@ from .torch_models import (
 
 load, attach = omnimem.torch.load, omnimem.torch.attach
 ALL = (*PRESETS, SMALL_HEAD)
-
-
-def half(preset: str = "tiny-qwen3", **options: Any) -> Any:
-    return load(folder(preset), budget(preset, 50), **options)
 
 
 # -- the same bits
@@ -298,10 +297,6 @@ def test_a_store_without_room() -> None:
 # -- attach
 
 
-def fresh(preset: str) -> Any:
-    return copy.deepcopy(plain(preset))
-
-
 @pytest.mark.parametrize("preset", ["tiny", "tiny-llama"])
 def test_attach(preset: str, io_backend: str) -> None:
     model = fresh(preset)
@@ -324,14 +319,7 @@ def test_attach(preset: str, io_backend: str) -> None:
 def test_attach_on_meta() -> None:
     """Built without memory; the buffers that no checkpoint holds are the builder's to fill."""
     preset = "tiny-qwen3"
-    config = plain(preset).config
-    with torch.device("meta"):
-        model = type(plain(preset))(config).to(torch.bfloat16).eval()
-    model.tie_weights()
-    for name, buffer in plain(preset).named_buffers():
-        owner, _, last = name.rpartition(".")
-        model.get_submodule(owner).register_buffer(last, buffer.clone(), persistent=False)
-    model.generation_config = plain(preset).generation_config
+    model = on_meta(preset)
     before = {name: id(param) for name, param in model.named_parameters()}
     attach(model, folder(preset), budget(preset, 50))
     assert {name: id(param) for name, param in model.named_parameters()} == before
@@ -494,7 +482,7 @@ def test_detach(percent: int | str) -> None:
 
 
 def test_detach_under_inference_mode() -> None:
-    model = half()
+    model = half("tiny-qwen3")
     with torch.inference_mode():
         model.omnimem.detach()
     assert not any(param.data.is_inference() for param in model.parameters())
@@ -518,7 +506,7 @@ def test_close() -> None:
 
 
 def test_close_twice_and_after_detach() -> None:
-    model = half()
+    model = half("tiny-qwen3")
     stream = model.omnimem
     stream.detach()
     stream.close()
@@ -530,7 +518,7 @@ def test_close_twice_and_after_detach() -> None:
 def test_a_dropped_model_leaves_no_thread() -> None:
     import gc
 
-    model = half()
+    model = half("tiny-qwen3")
     generate(model, "tiny-qwen3", 2)
     assert our_threads()
     del model

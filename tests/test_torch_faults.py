@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import shutil
@@ -27,10 +26,13 @@ from .torch_models import (
     floor,
     folder,
     forward,
+    fresh,
     generate,
+    half,
     is_unset,
     layers,
     omnimem,
+    on_meta,
     our_threads,
     plain,
     root,
@@ -51,10 +53,6 @@ def own_folder(tmp_path: Path) -> Callable[..., Path]:
         return Path(shutil.copytree(folder(preset), tmp_path / "model"))
 
     return make
-
-
-def half(where: Path | None = None, preset: str = PRESET, **options: Any) -> Any:
-    return load(where or folder(preset), budget(preset, 50), **options)
 
 
 def state(model: Any) -> dict[str, tuple[int, int, Any]]:
@@ -134,10 +132,10 @@ def test_a_checkpoint_that_does_not_fit(by: str, how: str, own_folder: Any) -> N
     rewrite(where, change)
     if by == "load":
         with pytest.raises(error, match=text):
-            half(where)
+            half(PRESET, where)
         assert our_threads() == []
         return
-    model = copy.deepcopy(plain(PRESET))
+    model = fresh(PRESET)
     before = state(model)
     with pytest.raises(error, match=text):
         attach(model, where, budget(PRESET, 50))
@@ -148,7 +146,7 @@ def test_a_checkpoint_that_does_not_fit(by: str, how: str, own_folder: Any) -> N
 @pytest.mark.parametrize("preset", ["tiny", PRESET, "tiny-llama", SMALL_HEAD])
 def test_a_budget_below_the_floor(preset: str) -> None:
     least = floor(preset)
-    model = copy.deepcopy(plain(preset))
+    model = fresh(preset)
     before = state(model)
     for nbytes in (1, least // 2, least - 1):
         for refused in (
@@ -165,8 +163,8 @@ def test_a_missing_shard(own_folder: Any) -> None:
     where = own_folder()
     (where / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises((omnimem.FormatError, OSError), match="model-00002-of-00003"):
-        half(where)
-    model = copy.deepcopy(plain(PRESET))
+        half(PRESET, where)
+    model = fresh(PRESET)
     before = state(model)
     with pytest.raises((omnimem.FormatError, OSError), match="model-00002-of-00003"):
         attach(model, where, budget(PRESET, 50))
@@ -176,10 +174,10 @@ def test_a_missing_shard(own_folder: Any) -> None:
 def test_a_dtype_change() -> None:
     for dtype in (torch.float16, "float32"):
         with pytest.raises(ValueError, match=r"cast.*bfloat16"):
-            half(dtype=dtype)
+            half(PRESET, dtype=dtype)
     for dtype in (torch.bfloat16, "bfloat16", "auto", None):
-        half(dtype=dtype).omnimem.close()
-    model = copy.deepcopy(plain(PRESET)).to(torch.float32)
+        half(PRESET, dtype=dtype).omnimem.close()
+    model = fresh(PRESET).to(torch.float32)
     before = state(model)
     with pytest.raises(ValueError, match=r"float32.*cast"):
         attach(model, folder(PRESET), budget(PRESET, 50))
@@ -197,7 +195,7 @@ def test_an_unset_buffer() -> None:
 @pytest.mark.parametrize("point", ["read", "map", "thread"])
 def test_a_failure_while_attaching(point: str, io_backend: str) -> None:
     """Whichever operation fails, the model keeps its weights."""
-    model = copy.deepcopy(plain(PRESET))
+    model = fresh(PRESET)
     before = state(model)
     failed = 0
     for nth in (1, 2, 3, 5, 9):
@@ -217,13 +215,7 @@ def test_a_failure_while_attaching(point: str, io_backend: str) -> None:
 
 
 def test_a_failure_while_attaching_on_meta() -> None:
-    with torch.device("meta"):
-        model = type(plain(PRESET))(plain(PRESET).config).to(torch.bfloat16).eval()
-    model.tie_weights()
-    for name, buffer in plain(PRESET).named_buffers():
-        owner, _, last = name.rpartition(".")
-        model.get_submodule(owner).register_buffer(last, buffer.clone(), persistent=False)
-    model.generation_config = plain(PRESET).generation_config
+    model = on_meta(PRESET)
     before = {name: id(param) for name, param in model.named_parameters()}
 
     def fail(*_: Any, **__: Any) -> None:
@@ -274,7 +266,7 @@ def _touch(path: Path) -> None:
 @pytest.mark.parametrize("change", [_truncate, _overwrite, _touch])
 def test_a_file_that_changes(change: Any, own_folder: Any, io_backend: str) -> None:
     where = own_folder()
-    model = half(where, io_backend=io_backend)
+    model = half(PRESET, where, io_backend=io_backend)
     assert_right(model, PRESET, 2)
     path = streamed_file(model)
     change(path)
@@ -301,7 +293,7 @@ def test_a_file_that_changes(change: Any, own_folder: Any, io_backend: str) -> N
 def test_a_file_that_is_replaced_or_gone_is_read_to_the_end(own_folder: Any) -> None:
     """The open file is what is read: a new one of that name is another file."""
     where = own_folder()
-    model = half(where)
+    model = half(PRESET, where)
     path = streamed_file(model)
     _replace(path)
     try:
@@ -315,7 +307,7 @@ def test_a_file_that_is_replaced_or_gone_is_read_to_the_end(own_folder: Any) -> 
 
 
 def test_a_failed_read(io_backend: str) -> None:
-    model = half(io_backend=io_backend)
+    model = half(PRESET, io_backend=io_backend)
     assert_right(model, PRESET, 2)
     for after in (1, 2, 7, 20):
         _core._fault_arm("read", after, True)
@@ -333,7 +325,7 @@ def test_a_failed_read(io_backend: str) -> None:
 
 def test_a_single_failed_read_hurts_no_more_than_its_pass(io_backend: str) -> None:
     """What was fetched ahead and failed is fetched again when its turn comes, or told."""
-    model = half(io_backend=io_backend)
+    model = half(PRESET, io_backend=io_backend)
     for nth in range(1, 30, 3):
         _core._fault_arm("read", nth)
         try:
@@ -348,7 +340,7 @@ def test_a_single_failed_read_hurts_no_more_than_its_pass(io_backend: str) -> No
 @pytest.mark.parametrize("point", ["short", "submit", "alloc", "map", "flip"])
 def test_other_faults(point: str, io_backend: str) -> None:
     """An error or the right answer, never a wrong one."""
-    model = half(io_backend=io_backend)
+    model = half(PRESET, io_backend=io_backend)
     assert_right(model, PRESET, 2)
     for nth in (1, 2, 4, 9, 17, 40):
         _core._fault_arm(point, nth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import os
 import shutil
@@ -92,6 +93,29 @@ def budget(preset: str, percent: int | str) -> int:
     if percent == "floor":
         return floor(preset)
     return max(weight_bytes(preset) * int(percent) // 100, floor(preset))
+
+
+def half(preset: str, where: Path | None = None, **options: Any) -> Any:
+    """Loaded with half of its weights in memory, from a copy of its checkpoint if told so."""
+    return omnimem.torch.load(where or folder(preset), budget(preset, 50), **options)
+
+
+def fresh(preset: str) -> Any:
+    """Plain transformers, for any use."""
+    return copy.deepcopy(plain(preset))
+
+
+def on_meta(preset: str) -> Any:
+    """Built without memory for its parameters, as for `attach`; its buffers are filled."""
+    known = plain(preset)
+    with torch.device("meta"):
+        model = type(known)(known.config).to(torch.bfloat16).eval()
+    model.tie_weights()
+    for name, buffer in known.named_buffers():
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(last, buffer.clone(), persistent=False)
+    model.generation_config = known.generation_config
+    return model
 
 
 @functools.cache
