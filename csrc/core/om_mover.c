@@ -128,19 +128,29 @@ static void settle_error_locked(struct om_store *s, struct om_move *m)
 		om_fetch_landed_locked(s, m);
 }
 
-static bool check_files_locked(struct om_store *s, struct om_move *m)
+/* Something of a move is back: one that failed or was canceled issues nothing more. */
+static void come_back_locked(struct om_store *s, struct om_move *m)
+{
+	m->inflight--;
+	if (m->error->code || m->canceled)
+		om_list_del(&m->link);
+	if (!m->inflight && om_list_empty(&m->link))
+		om_fetch_landed_locked(s, m);
+}
+
+/* Counts as in flight, so that the block and its files stay when the move is canceled meanwhile. */
+static void check_files_locked(struct om_store *s, struct om_move *m)
 {
 	int code;
 
-	om_move_ref(m);
+	m->inflight++;
 	om_mutex_unlock(&s->lock);
 	code = om_move_check_files(m);
 	om_mutex_lock(&s->lock);
 	m->checked = true;
-	if (code && !m->settled && !om_list_empty(&m->link))
-		settle_error_locked(s, m);
-	om_move_unref(m);
-	return code == 0;
+	if (code)
+		om_move_fail(m);
+	come_back_locked(s, m);
 }
 
 static bool prepare_bounce(struct slot *slot, const struct om_move *m, const struct om_piece *p)
@@ -281,7 +291,6 @@ static void complete_locked(struct mover *mv, struct slot *slot)
 
 	count_io(mv, slot);
 	free(slot->bounce);
-	m->inflight--;
 	mv->inflight--;
 	m->back[slot->index] = 1;
 	if (slot->req.code) {
@@ -293,10 +302,7 @@ static void complete_locked(struct mover *mv, struct slot *slot)
 		m->ready_index++;
 		om_move_step(m, &m->ready);
 	}
-	if (m->error->code || m->canceled)
-		om_list_del(&m->link);
-	if (!m->inflight && om_list_empty(&m->link))
-		om_fetch_landed_locked(s, m);
+	come_back_locked(s, m);
 	om_move_unref(m);
 	slot->next_free = mv->free;
 	mv->free = slot;

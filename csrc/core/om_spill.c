@@ -49,11 +49,11 @@ static int drop_stale_locked(struct om_store *s)
 	OM_LIST_FOREACH(link, &s->blocks) {
 		struct om_block *b = om_container_of(link, struct om_block, all);
 
-		if (b->disk != OM_COPY_VALID || b->host == OM_COPY_NONE)
+		if (!b->disk_copy.count || b->host == OM_COPY_NONE)
 			continue;
-		if (b->host == OM_COPY_VALID && !b->leases && !b->holds)
+		if (b->disk == OM_COPY_VALID && b->host == OM_COPY_VALID && !b->leases && !b->holds)
 			return drop_disk_copy_locked(s, b) ? 1 : OM_EBUSY;
-		found = OM_EBUSY; /* it still comes in, or whoever holds it may write to it */
+		found = OM_EBUSY; /* on its way in or out, or whoever holds it may write to it */
 	}
 	return found;
 }

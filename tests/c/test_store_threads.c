@@ -340,6 +340,30 @@ static void cancels_harm_nobody(void)
 	om_store_unref(s);
 }
 
+/* The mover looks at a block's files without the lock: they and the block stay meanwhile. */
+static void removed_while_its_file_is_looked_at(void)
+{
+	struct om_store *s = open_store(16 << 20, 0);
+	struct om_file_range r = { path, file_offset(0), WORDS(0) * 8 };
+	const char *names[] = { "brief" };
+	unsigned long long seed = 5;
+
+	for (int i = 0; i < 3000; i++) {
+		uint64_t until;
+		struct om_ticket *t;
+
+		CHECK_EQ(om_store_add_file(s, "brief", NULL, &r, 1, NULL), 0);
+		CHECK_EQ(om_store_prefetch(s, names, 1, &t), 0);
+		until = om_now() + om_test_random(&seed) % 40000;
+		while (om_now() < until)
+			;
+		CHECK_EQ(om_store_remove(s, "brief"), 0);
+		om_ticket_free(t);
+	}
+	check(s);
+	om_store_unref(s);
+}
+
 /* ---- close ---- */
 
 static void *wait_for_room(void *arg)
@@ -560,6 +584,7 @@ int main(void)
 	at_random();
 	writers_take_turns();
 	cancels_harm_nobody();
+	removed_while_its_file_is_looked_at();
 	close_under_waiters();
 	close_under_workers();
 	close_under_a_spill();
