@@ -40,7 +40,7 @@ int om_fetch_reserve_locked(struct om_store *s, const struct om_group *g, uint64
 	if (g->limit_bytes)
 		room = OM_MIN(room, g->limit_bytes - OM_MIN(g->limit_bytes, g->used_bytes));
 	room = OM_MAX(room, bytes);
-	if (g->streamed) /* segments of its own, whole ones again and again: the slots of a ring */
+	if (g->streams) /* segments of its own, whole ones again and again: the slots of a ring */
 		most = room;
 	else if (bytes > OM_POOL_SMALL)
 		most = OM_MIN(room, bytes + bytes / 4);
@@ -187,7 +187,7 @@ static void offer_locked(struct om_store *s, struct om_move *m)
 {
 	struct finish_job *f;
 
-	if (m->settled || !m->landed || m->waiters || s->closing || m->block->group->streamed)
+	if (m->settled || !m->landed || m->waiters || s->closing || m->block->group->streams)
 		return;
 	f = om_alloc(1, sizeof(*f));
 	if (!f)

@@ -19,7 +19,8 @@ struct om_group {
 	struct om_list idle;  /* VALID, not leased: least recently released first */
 	struct om_list ahead; /* FILLING, not leased: fetched ahead of use */
 	uint64_t check_bytes; /* om_store_check only */
-	bool streamed; /* a stream's: what it fetched ahead is finished by the thread that uses it */
+	unsigned
+		streams; /* of these: what they fetch ahead is finished by the thread that uses it */
 };
 
 #endif

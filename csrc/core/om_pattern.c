@@ -7,7 +7,7 @@
 
 #define CYCLES 16 /* history kept, in lengths of the declared order */
 
-int om_pattern_init(struct om_pattern *p, size_t ids)
+int om_pattern_init(struct om_pattern *p, size_t ids, const uint32_t *order, size_t count)
 {
 	*p = (struct om_pattern){ .ids = ids, .capacity = OM_MAX(ids * CYCLES, 64) };
 	p->past = om_alloc(p->capacity, sizeof(*p->past));
@@ -17,11 +17,11 @@ int om_pattern_init(struct om_pattern *p, size_t ids)
 		return -ENOMEM;
 	}
 	/* Two rounds, of which `last` knows the first: the last id is followed by the first one. */
-	for (size_t i = 0; i < ids; i++) {
-		p->past[i] = p->past[ids + i] = (uint32_t)i;
-		p->last[i] = i + 1;
+	for (size_t i = 0; i < count; i++) {
+		p->past[i] = p->past[count + i] = order[i];
+		p->last[order[i]] = i + 1;
 	}
-	p->head = 2 * ids;
+	p->head = 2 * count;
 	return 0;
 }
 
@@ -41,7 +41,8 @@ static bool remembered(const struct om_pattern *p, uint64_t position)
 bool om_pattern_record(struct om_pattern *p, uint32_t id)
 {
 	bool foretold = remembered(p, p->cursor) && p->past[p->cursor % p->capacity] == id;
-	uint64_t before = p->last[id]; /* one behind the last occurrence */
+	/* one behind the last occurrence; without one nothing is known */
+	uint64_t before = p->last[id] ? p->last[id] : UINT64_MAX;
 
 	if (foretold) {
 		p->cursor++;

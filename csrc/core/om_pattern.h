@@ -17,12 +17,12 @@ struct om_pattern {
 	uint64_t *last; /* by id: 1 + position of the last occurrence; 0: never */
 	size_t capacity, ids;
 	uint64_t head;   /* positions recorded so far */
-	uint64_t cursor; /* position whose id is expected next; == head: nothing is known */
+	uint64_t cursor; /* position whose id is expected next; not remembered: nothing is known */
 	uint64_t mismatches;
 };
 
-/* Ids 0..ids-1; the declared order 0, 1, 2, ... is the first history. */
-int om_pattern_init(struct om_pattern *p, size_t ids);
+/* Ids below `ids`; the declared order, each id at most once, is the first history. */
+int om_pattern_init(struct om_pattern *p, size_t ids, const uint32_t *order, size_t count);
 void om_pattern_fini(struct om_pattern *p);
 /* An access. Returns whether it was foretold. */
 bool om_pattern_record(struct om_pattern *p, uint32_t id);

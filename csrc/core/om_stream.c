@@ -31,6 +31,7 @@ struct om_stream {
 	struct om_group *group;
 	struct unit *units;
 	size_t count;
+	bool opened;               /* the group counts this stream */
 	struct om_pattern pattern; /* of units that have streamed blocks */
 	struct om_stream_stats stats;
 	uint64_t read_bytes_before;
@@ -83,6 +84,7 @@ int om_stream_create(struct om_store *s, const char *group, const struct om_stre
                      size_t count, struct om_stream **ret)
 {
 	struct om_stream *st = om_alloc(1, sizeof(*st));
+	size_t streamed = 0;
 	int code = st ? om_store_enter(s) : -ENOMEM;
 
 	if (code) {
@@ -94,12 +96,17 @@ int om_stream_create(struct om_store *s, const char *group, const struct om_stre
 	st->units = om_alloc(count, sizeof(*st->units));
 	st->ahead = om_alloc(count, sizeof(*st->ahead));
 	st->group = om_store_find_group_locked(s, group);
-	code = st->units && st->ahead && st->group ? om_pattern_init(&st->pattern, count)
-	                                           : om_err_last()->code;
-	for (size_t i = 0; i < count && !code; i++)
+	code = st->units && st->ahead && st->group ? 0 : om_err_last()->code;
+	for (size_t i = 0; i < count && !code; i++) {
 		code = unit_init_locked(st, &st->units[i], &units[i]);
+		if (st->units[i].streamed_count)
+			st->ahead[streamed++] = (uint32_t)i;
+	}
+	if (!code)
+		code = om_pattern_init(&st->pattern, count, st->ahead, streamed);
 	if (!code) {
-		st->group->streamed = true;
+		st->group->streams++;
+		st->opened = true;
 		st->read_bytes_before = st->group->read_bytes;
 	}
 	om_mutex_unlock(&s->lock);
@@ -403,7 +410,13 @@ void om_stream_free(struct om_stream *st)
 			for (size_t k = 0; k < st->units[i].count && st->units[i].leases; k++)
 				if (st->units[i].leases[k])
 					om_lease_unref(st->units[i].leases[k]);
-		om_store_drain(s);
+		if (st->opened &&
+		    !om_store_enter(s)) { /* drains; a closed store has no group any more */
+			for (size_t i = 0; i < st->count; i++)
+				forget_unit_locked(st, &st->units[i]);
+			st->group->streams--;
+			om_mutex_unlock(&s->lock);
+		}
 		for (size_t i = 0; i < st->count && st->units; i++)
 			unit_fini(&st->units[i]);
 	}
