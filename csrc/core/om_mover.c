@@ -16,7 +16,7 @@
 #include "plat/om_dev.h"
 
 #define MAX_DEPTH     256u
-#define POPULATE_STEP (UINT64_C(8) * OM_MIB)
+#define POPULATE_STEP (UINT64_C(2) * OM_MIB)
 
 struct slot {
 	struct om_io_req req;
@@ -76,6 +76,9 @@ static bool populate(struct om_job *job)
 			return true;
 	}
 	om_mutex_lock(&s->lock);
+	seg->populating = false;
+	if (at < seg->bytes) /* another move into this segment may still want the rest */
+		wake_locked(s);
 	om_move_unref(p->move);
 	om_mutex_unlock(&s->lock);
 	om_segment_unref(seg);
@@ -83,14 +86,15 @@ static bool populate(struct om_job *job)
 	return false;
 }
 
-/* Have the pages of a fresh segment faulted in by the worker; without memory for the job the reads
- * fault them. */
-static void populate_ahead(struct om_store *s, struct om_move *m)
+/* Have the pages of a fresh segment faulted in; without memory for the job the reads fault them. The
+ * mover asks for them, not the thread that starts the fill: that one may be about to map more memory,
+ * and faulting and mapping wait for each other in the kernel. */
+static void populate_ahead_locked(struct om_store *s, struct om_move *m)
 {
 	struct om_segment *seg = m->block->mem.segment;
 	struct populate_job *p;
 
-	if (seg->arena || __atomic_load_n(&seg->populated, __ATOMIC_RELAXED) >= seg->bytes)
+	if (seg->populating)
 		return;
 	p = om_alloc(1, sizeof(*p));
 	if (!p) {
@@ -101,9 +105,11 @@ static void populate_ahead(struct om_store *s, struct om_move *m)
 	p->store = s;
 	p->segment = seg;
 	p->move = m;
+	seg->populating = true;
 	om_segment_ref(seg);
 	om_move_ref(m);
 	om_work_push(&s->work, &p->job);
+	om_store_changed_locked(s); /* who waits can help */
 }
 
 static bool pages_there(const struct om_move *m, uint32_t length)
@@ -228,6 +234,7 @@ static bool issue_next_locked(struct mover *mv)
 				return true;
 			}
 			if (!pages_there(m, length)) {
+				populate_ahead_locked(s, m);
 				__atomic_store_n(&s->starved, true, __ATOMIC_SEQ_CST);
 				if (!pages_there(m, length))
 					continue;
@@ -422,8 +429,6 @@ void om_mover_queue_locked(struct om_store *s, struct om_move *m)
 {
 	om_move_rewind(m);
 	om_list_push_tail(&s->queue[m->priority], &m->link);
-	if (m->kind == OM_MOVE_FILL && !m->attempt)
-		populate_ahead(s, m);
 	wake_locked(s);
 }
 

@@ -25,6 +25,7 @@ struct om_segment {
 	void *base;
 	uint64_t bytes;         /* mapped */
 	uint64_t populated;     /* atomic: pages of [0, populated) are faulted in */
+	bool populating;        /* the mover's: a job that faults in the rest is queued */
 	struct om_arena *arena; /* shared segments; NULL when dedicated */
 	uint64_t used;          /* bytes of extents handed out */
 	uint64_t freed_ns;      /* cached: since when */
