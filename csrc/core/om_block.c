@@ -20,6 +20,7 @@ int om_block_create(const char *name, uint64_t nbytes, struct om_group *group,
 	b->refs = 1;
 	b->nbytes = nbytes;
 	b->group = group;
+	b->align = OM_BLOCK_ALIGN;
 	if (desc)
 		b->desc = *desc;
 	else

@@ -21,6 +21,11 @@ enum om_copy_state {
 
 struct om_move;
 
+#define OM_BLOCK_ALIGN \
+	64u /* of a block's first byte in memory: kernels are slower off a cache line */
+#define OM_STREAM_ALIGN \
+	8u /* of one that streams: moving it costs more than that; safetensors' own */
+
 /* Memory of somebody else, kept by om_store_take. */
 struct om_foreign {
 	unsigned refs; /* atomic: the HOST copy, and each lease */
@@ -52,7 +57,8 @@ struct om_block {
 	enum om_copy_state host, disk;
 	struct om_extent mem;       /* HOST bytes; no segment when foreign */
 	struct om_foreign *foreign; /* HOST bytes of somebody else */
-	uint8_t *data; /* first byte, inside mem or foreign; valid unless host is NONE */
+	uint8_t *data;  /* first byte, inside mem or foreign; valid unless host is NONE */
+	uint32_t align; /* what a fill leaves where it was read, if that is so aligned */
 	unsigned leases;
 	unsigned holds;         /* threads that hash the bytes without the lock */
 	unsigned views;         /* atomic: references that foreign consumers hold */

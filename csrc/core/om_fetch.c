@@ -1,6 +1,6 @@
 /*
  * om_fetch: bringing bytes to HOST. Starts fills, waits for them, and does the work owed on them:
- * hashing behind the reads, comparing, closing the gaps between ranges.
+ * hashing behind the reads, moving bytes to where they belong, comparing.
  *
  * The work is done by the thread that waits, without the store lock, a piece at a time; `busy`
  * keeps it to one thread. A thread that leaves (deadline, Ctrl-C) leaves a fill that another can
@@ -13,7 +13,7 @@
 
 #include "core/om_store_int.h"
 
-#define HASH_STEP (UINT64_C(16) * OM_MIB) /* per piece of work, so that others can take over */
+#define TAKE_STEP (UINT64_C(16) * OM_MIB) /* per piece of work, so that others can take over */
 
 static bool hash_wanted(const struct om_store *s, const struct om_block *b)
 {
@@ -61,7 +61,7 @@ static int start_one_locked(struct om_store *s, struct om_block *b, enum om_move
 	}
 	s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
 	m->want_hash = hash_wanted(s, b);
-	m->speculative = priority == OM_PREFETCH;
+	m->ahead = m->speculative = priority == OM_PREFETCH;
 	s->counters.prefetches += m->speculative;
 	b->move = m;
 	s->moves++;
@@ -229,7 +229,7 @@ void om_fetch_cancel_locked(struct om_store *s, struct om_block *b)
 		om_fetch_landed_locked(s, m);
 }
 
-/* Everything is read and hashed: compare, and make the copy VALID. */
+/* Everything is read and taken: compare, and make the copy VALID. */
 static void prove_locked(struct om_store *s, struct om_move *m, int files_code, uint64_t digest)
 {
 	struct om_block *b = m->block;
@@ -270,20 +270,20 @@ static void prove_locked(struct om_store *s, struct om_move *m, int files_code, 
 	settle_locked(s, m);
 }
 
-static struct om_cursor hash_target(const struct om_move *m)
+static struct om_cursor take_target(const struct om_move *m)
 {
 	struct om_cursor to = m->ready;
 
-	if (to.piece == m->hashed.piece && to.done - m->hashed.done > HASH_STEP)
-		to.done = m->hashed.done + HASH_STEP;
+	if (to.piece == m->taken.piece && to.done - m->taken.done > TAKE_STEP)
+		to.done = m->taken.done + TAKE_STEP;
 	return to;
 }
 
 bool om_fetch_work_locked(struct om_store *s, struct om_move *m)
 {
-	bool behind = m->want_hash &&
-	              (m->hashed.piece != m->ready.piece || m->hashed.done != m->ready.done);
-	struct om_cursor to = hash_target(m);
+	bool behind = (m->want_hash || m->displaced) &&
+	              (m->taken.piece != m->ready.piece || m->taken.done != m->ready.done);
+	struct om_cursor to = take_target(m);
 	uint64_t digest = 0;
 	int code = 0;
 
@@ -293,17 +293,15 @@ bool om_fetch_work_locked(struct om_store *s, struct om_move *m)
 	om_move_ref(m);
 	om_mutex_unlock(&s->lock);
 	if (behind) {
-		om_move_hash(m, &m->hashed, &to);
+		om_move_take(m, &to);
 	} else {
 		code = om_move_check_files(m);
 		digest = om_move_digest(m);
-		if (!code)
-			om_move_compact(m);
 	}
 	om_mutex_lock(&s->lock);
 	m->busy = false;
 	if (behind)
-		m->hashed = to;
+		m->taken = to;
 	if (m->landed && (m->error->code || m->canceled))
 		fail_fill_locked(s, m);
 	else if (!behind)
@@ -426,23 +424,16 @@ static void count_lease_locked(struct om_store *s, struct om_block *b, struct om
 	}
 }
 
-#define FEW 16
-
-int om_fetch_lease_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
-                          uint64_t deadline_ns, uint64_t *ret_stall_ns)
+/* As om_fetch_lease_locked. *ret_again: what failed was begun ahead of need, maybe before its cause
+ * was mended; a fill on demand has the last word. */
+static int try_lease_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
+                            struct om_move **moves, uint64_t deadline_ns, bool *ret_again)
 {
-	struct om_move *few[FEW], **moves = few;
-	uint64_t started = 0;
-	int code;
+	int code = summon_locked(s, blocks, count, deadline_ns);
 
-	if (count > FEW && !(moves = om_alloc(count, sizeof(struct om_move *))))
-		return -ENOMEM;
-	for (size_t i = 0; i < count && !started; i++)
-		if (blocks[i]->host != OM_COPY_VALID)
-			started = om_now();
-	code = summon_locked(s, blocks, count, deadline_ns);
+	*ret_again = false;
 	if (code)
-		goto out;
+		return code;
 	for (size_t i = 0; i < count; i++) {
 		struct om_block *b = blocks[i];
 
@@ -459,15 +450,38 @@ int om_fetch_lease_locked(struct om_store *s, struct om_block *const *blocks, si
 	for (size_t i = 0; i < count && !code; i++)
 		if (moves[i])
 			code = om_fetch_settle_locked(s, moves[i], deadline_ns);
+	for (size_t i = 0; i < count; i++)
+		*ret_again |= moves[i] && moves[i]->settled && moves[i]->error->code &&
+		              moves[i]->ahead && !s->closing;
 	for (size_t i = 0; i < count; i++) {
 		bool lost = moves[i] && moves[i]->settled && moves[i]->error->code;
 
-		blocks[i]->counted += code == OM_EBUSY;
+		blocks[i]->counted += code == OM_EBUSY || *ret_again;
 		if (code && !lost)
 			om_fetch_unlease_locked(s, blocks[i]);
 		om_move_unref(moves[i]);
 	}
-out:
+	return code;
+}
+
+#define FEW 16
+
+int om_fetch_lease_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
+                          uint64_t deadline_ns, uint64_t *ret_stall_ns)
+{
+	struct om_move *few[FEW], **moves = few;
+	uint64_t started = 0;
+	bool again;
+	int code;
+
+	if (count > FEW && !(moves = om_alloc(count, sizeof(struct om_move *))))
+		return -ENOMEM;
+	for (size_t i = 0; i < count && !started; i++)
+		if (blocks[i]->host != OM_COPY_VALID)
+			started = om_now();
+	do
+		code = try_lease_locked(s, blocks, count, moves, deadline_ns, &again);
+	while (again);
 	if (moves != few)
 		om_free(moves);
 	if (started) {

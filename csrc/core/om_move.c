@@ -7,6 +7,9 @@
 
 #include "core/om_hash.h"
 
+#define CACHE_STEP \
+	(UINT64_C(256) * 1024) /* hashed bytes are still in the cache when they are moved */
+
 static int create(struct om_block *b, enum om_move_kind kind, enum om_move_priority priority,
                   size_t piece_count, uint32_t request_bytes, struct om_move **ret)
 {
@@ -91,6 +94,22 @@ static void plan_runs(struct om_move *m, struct om_disk *disk, const struct om_d
 	}
 }
 
+/* Choose where the block begins, and see whether any byte is read to another place. */
+static void place(struct om_move *m)
+{
+	struct om_block *b = m->block;
+	uint8_t *at;
+
+	b->data = m->piece_count ? m->pieces[0].mem + m->pieces[0].head : b->mem.ptr;
+	if ((uintptr_t)b->data % b->align)
+		b->data -= (uintptr_t)b->data % OM_BLOCK_ALIGN;
+	at = b->data;
+	for (size_t i = 0; i < m->piece_count; i++) {
+		m->displaced |= at != m->pieces[i].mem + m->pieces[i].head;
+		at += m->pieces[i].nbytes;
+	}
+}
+
 int om_move_create_fill(struct om_block *b, struct om_disk *disk, uint32_t request_bytes,
                         enum om_move_priority priority, struct om_move **ret)
 {
@@ -105,7 +124,7 @@ int om_move_create_fill(struct om_block *b, struct om_disk *disk, uint32_t reque
 		plan_runs(m, disk, &b->disk_copy, b->mem.ptr);
 	else
 		plan_ranges(m);
-	b->data = m->piece_count ? m->pieces[0].mem + m->pieces[0].head : b->mem.ptr;
+	place(m);
 	code = seal(m);
 	if (!code)
 		*ret = m;
@@ -169,7 +188,8 @@ void om_move_rewind(struct om_move *m)
 	struct om_cursor start = { 0 };
 
 	skip_empty(m, &start);
-	m->issued = m->ready = m->hashed = start;
+	m->issued = m->ready = m->taken = start;
+	m->out = m->block->data;
 	m->issue_index = m->ready_index = 0;
 	memset(m->back, 0, m->request_count);
 	XXH3_64bits_reset(m->hash_memory);
@@ -182,9 +202,24 @@ void om_move_fail(struct om_move *m)
 		*m->error = *om_err_last();
 }
 
-void om_move_hash(struct om_move *m, const struct om_cursor *from, const struct om_cursor *to)
+static void take(struct om_move *m, const uint8_t *from, uint64_t bytes)
 {
-	struct om_cursor at = *from;
+	while (bytes) {
+		uint64_t step = OM_MIN(bytes, CACHE_STEP);
+
+		if (m->want_hash)
+			om_hash_update(m->hash_memory, from, step);
+		if (m->out != from)
+			memmove(m->out, from, step);
+		m->out += step;
+		from += step;
+		bytes -= step;
+	}
+}
+
+void om_move_take(struct om_move *m, const struct om_cursor *to)
+{
+	struct om_cursor at = m->taken;
 
 	while (at.piece < m->piece_count && (at.piece < to->piece || at.done < to->done)) {
 		const struct om_piece *p = &m->pieces[at.piece];
@@ -192,7 +227,7 @@ void om_move_hash(struct om_move *m, const struct om_cursor *from, const struct 
 		uint64_t first = OM_MAX(at.done, p->head), last = OM_MIN(end, p->head + p->nbytes);
 
 		if (first < last)
-			om_hash_update(m->hash_memory, p->mem + first, last - first);
+			take(m, p->mem + first, last - first);
 		at.done = end;
 		if (at.done == p->bytes) {
 			at.piece++;
@@ -204,19 +239,6 @@ void om_move_hash(struct om_move *m, const struct om_cursor *from, const struct 
 uint64_t om_move_digest(const struct om_move *m)
 {
 	return XXH3_64bits_digest(m->hash_memory);
-}
-
-void om_move_compact(struct om_move *m)
-{
-	uint8_t *to = m->block->data;
-
-	for (size_t i = 0; i < m->piece_count; i++) {
-		const struct om_piece *p = &m->pieces[i];
-
-		if (to != p->mem + p->head)
-			memmove(to, p->mem + p->head, p->nbytes);
-		to += p->nbytes;
-	}
 }
 
 int om_move_check_files(const struct om_move *m)

@@ -4,7 +4,8 @@
  * A fill reads each range of an origin (or each run of a disk copy) in its own aligned superset
  * into the block's extent; a spill writes the HOST bytes to disk runs. The mover issues requests in
  * the order of the plan; the ready cursor follows behind what has completed without a gap, and
- * the thread that waits hashes up to it. Under the store lock, except where noted.
+ * the thread that waits takes the bytes up to it: hashes them, and moves those down that lie
+ * elsewhere than they belong. Under the store lock, except where noted.
  *
  * Life: QUEUED (mover's list) -> requests in flight -> landed (all requests are back)
  *       -> settled (fill: bytes proven, copy VALID; or error). A fill that failed, was canceled, or
@@ -42,12 +43,14 @@ struct om_move {
 	size_t piece_count;
 	uint64_t bytes; /* of all supersets */
 	uint32_t request_bytes;
-	struct om_cursor issued, ready, hashed;
+	struct om_cursor issued, ready, taken;
+	uint8_t *out; /* fill: where the next byte that is taken belongs */
 	uint32_t issue_index, ready_index, request_count;
 	uint8_t *back; /* per request: 1 when it is back */
 	unsigned inflight;
 	bool checked; /* identity of the files was compared before the first request */
-	bool want_hash, speculative, canceled, landed, settled, busy;
+	bool ahead;   /* begun before anybody needed it */
+	bool want_hash, displaced, speculative, canceled, landed, settled, busy;
 	uint8_t attempt;
 	void *hash_memory; /* aligned XXH3 state inside hash_raw */
 	void *hash_raw;
@@ -56,7 +59,8 @@ struct om_move {
 	unsigned waiters;       /* threads that wait for it now */
 };
 
-/* Plan a fill of `b`, whose extent is reserved (b->data is set to where the first byte will be), or
+/* Plan a fill of `b`, whose extent is reserved (b->data is set to where the first byte will be: where
+ * it is read to, if that is aligned as b->align asks, else up to OM_BLOCK_ALIGN - 1 bytes before), or
  * a spill of it to `copy`. -ENOMEM leaves all as it was. */
 int om_move_create_fill(struct om_block *b, struct om_disk *disk, uint32_t request_bytes,
                         enum om_move_priority priority, struct om_move **ret);
@@ -71,11 +75,10 @@ void om_move_step(const struct om_move *m, struct om_cursor *c);
 void om_move_rewind(struct om_move *m);
 /* Record this thread's error (the first one stays). Never fails: falls back to a shared record. */
 void om_move_fail(struct om_move *m);
-/* Hash wanted bytes between two cursors. No lock. */
-void om_move_hash(struct om_move *m, const struct om_cursor *from, const struct om_cursor *to);
+/* Do the work owed on the wanted bytes between the taken cursor and another one, which the caller then
+ * makes the taken one: hash, move down. No lock. */
+void om_move_take(struct om_move *m, const struct om_cursor *to);
 uint64_t om_move_digest(const struct om_move *m);
-/* Move later ranges against the first, so that the block is contiguous. No lock. */
-void om_move_compact(struct om_move *m);
 /* Compare the identity of every file of the plan. No lock. */
 int om_move_check_files(const struct om_move *m);
 

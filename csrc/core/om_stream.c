@@ -73,6 +73,7 @@ static int unit_init_locked(struct om_stream *st, struct unit *u, const struct o
 				OM_EVALUE,
 				"unit '%s': block '%s' is in group '%s', not in the stream's, '%s'",
 				in->name, b->name, b->group->name, st->group->name);
+		b->align = in->resident[i] ? OM_BLOCK_ALIGN : OM_STREAM_ALIGN;
 		u->place[i] = at[in->resident[i]]++;
 		u->blocks[u->place[i]] = b;
 		om_block_ref(b);

@@ -24,6 +24,8 @@ from omnimem.config import format_size
 from omnimem.errors import LimitError
 
 PAGE = 4096
+ALIGN = 64
+"""A block that stays begins on a cache line, where kernels are fastest (`om_block.h`)."""
 _VISION = re.compile(r"(^|\.)(visual|vision\w*|image\w*|audio\w*)(\.|$)")
 _USES_PER_REQUEST = 64.0
 """Tokens that a request is expected to generate: any number well above one gives the same plan."""
@@ -156,7 +158,10 @@ def make_plan(units: Iterable[tuple[str, Sequence[Tensor]]], budget_bytes: int) 
 
 
 def _runs(tensors: Sequence[Tensor], resident: frozenset[str] | None) -> tuple[Run, ...]:
-    """Join tensors that lie end to end and share their fate (None: all resident)."""
+    """Join tensors that lie end to end and share their fate (None: all resident).
+
+    Where one that stays would not begin on a cache line, a new run does.
+    """
     runs: list[Run] = []
     for tensor in sorted(tensors, key=lambda t: (t.file, t.offset)):
         stays = resident is None or tensor.name in resident
@@ -166,6 +171,7 @@ def _runs(tensors: Sequence[Tensor], resident: frozenset[str] | None) -> tuple[R
             and last.resident == stays
             and last.tensors[0].file == tensor.file
             and last.offset + last.nbytes == tensor.offset
+            and (tensor.offset - last.offset) % (ALIGN if stays else 1) == 0
         ):
             runs[-1] = Run((*last.tensors, tensor), stays)
         else:

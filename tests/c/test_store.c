@@ -49,6 +49,7 @@ static void expect_bytes(struct om_store *s, const char *name, const uint8_t *by
 	CHECK(code == 0);
 	CHECK(om_lease_nbytes(l) == n);
 	CHECK(memcmp(om_lease_data(l), bytes, n) == 0);
+	CHECK((uintptr_t)om_lease_data(l) % 64 == 0);
 	om_lease_unref(l);
 	check(s);
 }
@@ -140,6 +141,39 @@ static void read_in_place(void)
 	CHECK(strstr(om_err_last()->text, "file"));
 	check(s);
 	make_file();
+	free(joined);
+	om_store_unref(s);
+}
+
+/* Bytes are moved to where they belong whether they are hashed or not. */
+static void moved_without_a_hash(void)
+{
+	struct om_store_config c = { .host_limit_bytes = 8 << 20,
+		                     .directory = dir,
+		                     .backend = backend,
+		                     .verify = OM_VERIFY_FIRST,
+		                     .request_bytes = 64 << 10 };
+	struct om_file_range two[] = { { path, 4095, 1200003 }, { path, 1300001, 900000 } };
+	uint8_t *joined = malloc(2100003);
+	struct om_stats before, after;
+	struct om_store *s;
+
+	memcpy(joined, image + 4095, 1200003);
+	memcpy(joined + 1200003, image + 1300001, 900000);
+	CHECK_EQ(om_store_create(&c, &s), 0);
+	CHECK_EQ(om_store_add_file(s, "two", NULL, two, 2, NULL), 0);
+	for (int i = 0; i < 2; i++) {
+		expect_bytes(s, "two", joined, 2100003);
+		CHECK_EQ(om_store_evict(s, "two", SOON), 1);
+	}
+	CHECK_EQ(om_store_stats(s, &before), 0);
+	for (int i = 0; i < 3; i++) {
+		expect_bytes(s, "two", joined, 2100003);
+		CHECK_EQ(om_store_evict(s, "two", SOON), 1);
+	}
+	CHECK_EQ(om_store_stats(s, &after), 0);
+	CHECK_EQ(after.verified_bytes, before.verified_bytes);
+	check(s);
 	free(joined);
 	om_store_unref(s);
 }
@@ -297,6 +331,7 @@ int main(void)
 	make_file();
 	swap_round_trip();
 	read_in_place();
+	moved_without_a_hash();
 	views_outlive_the_store();
 	tickets();
 	foreign_memory();
