@@ -212,4 +212,23 @@ int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret);
 /* Lets all its leases go and forgets. Views keep their bytes. */
 void om_stream_free(struct om_stream *st);
 
+/* ---- simulation ---- */
+
+#define OM_EXPERTS 4 /* that the adaptive policy follows */
+const char *om_expert_name(unsigned expert);
+
+struct om_simulation {
+	uint64_t requests, misses;
+	uint64_t bytes, missed_bytes;
+	uint64_t led[OM_EXPERTS]; /* adaptive: re-uses for which each expert led */
+};
+/* What a cache of `capacity` would have missed: a trace through the policies that stores use.
+ * Requests for `ids`, in order; sizes[i] belongs to ids[i] (NULL: 1 each). What is larger than the
+ * capacity is missed and never kept. `policy`: "lru", "clock", "s3fifo", "sieve", "adaptive", or
+ * "belady": the best that can be done by one that knows the future and keeps what was asked for last
+ * (exact for equal sizes). Needs no store; any thread. OM_EVALUE: another policy, no capacity, an id
+ * with two sizes, too many requests. */
+int om_simulate(const uint64_t *ids, const uint64_t *sizes, size_t count, uint64_t capacity,
+                const char *policy, struct om_simulation *ret);
+
 #endif

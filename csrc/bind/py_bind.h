@@ -121,6 +121,9 @@ PyObject *py_store_add(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_store_take(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_store_add_file(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 
+/* simulate (py_simulate.c). */
+PyObject *py_simulate(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+
 /* ---- data that goes out (py_export.c) ---- */
 
 /* A typed view of a lease's bytes. The pointers belong to the caller. */

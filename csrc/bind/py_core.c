@@ -243,6 +243,9 @@ static PyMethodDef functions[] = {
 	  "_fault_points()\n--\n\nNames of all fault points." },
 	{ "_dtype_code", dtype_code, METH_O,
 	  "_dtype_code(dtype, /)\n--\n\nDLPack (code, bits, lanes) of an element type's name." },
+	{ "simulate", PY_FAST(py_simulate), PY_FAST_FLAGS,
+	  "simulate($module, /, ids, capacity, policy, sizes=None)\n--\n\nRequests, misses, their bytes, "
+	  "and how often each expert of \"adaptive\" led." },
 	{ NULL, NULL, 0, NULL },
 };
 

@@ -16,6 +16,7 @@ from omnimem.errors import (
     IOFailure,
     LimitError,
 )
+from omnimem.simulation import SimulationResult, simulate
 from omnimem.store import BlockInfo, Store, StoreStats, TierStats
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "IOFailure",
     "Lease",
     "LimitError",
+    "SimulationResult",
     "Store",
     "StoreConfig",
     "StoreStats",
@@ -40,4 +42,5 @@ __all__ = [
     "Window",
     "format_size",
     "parse_size",
+    "simulate",
 ]

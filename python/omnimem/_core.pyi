@@ -249,6 +249,11 @@ class Stream:
     def close(self) -> None:
         """Let all leases go; views keep their bytes."""
 
+def simulate(
+    ids: Buffer, capacity: int, policy: str, sizes: Buffer | None = None
+) -> tuple[int, int, int, int, dict[str, int]]:
+    """Requests, misses, their bytes, and how often each expert of "adaptive" led."""
+
 def _fault_arm(point: str, nth: int = 1, sticky: bool = False, /) -> None: ...
 def _fault_reset() -> None: ...
 def _fault_fired(point: str, /) -> int: ...
