@@ -68,6 +68,10 @@ void om_store_unref(struct om_store *s); /* the last one closes */
  * somebody needs room. */
 int om_store_group(struct om_store *s, const char *group, uint64_t host_limit_bytes);
 
+/* Who goes first when a group has to give: "lru" (what groups begin with), "clock", "s3fifo", "sieve" or
+ * "adaptive". What the former policy had learned is forgotten. OM_EVALUE: another one. */
+int om_store_policy(struct om_store *s, const char *group, const char *policy);
+
 /* Copy `nbytes` in. OM_EVALUE when the name exists; OM_ELIMIT or OM_EDISKFULL when not all blocks
  * without an origin would fit into HOST and DISK with room to exchange the largest. */
 int om_store_add(struct om_store *s, const char *name, const char *group, const void *data,
@@ -211,6 +215,31 @@ struct om_lease *om_stream_lease(struct om_stream *st, size_t unit, size_t block
 int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret);
 /* Lets all its leases go and forgets. Views keep their bytes. */
 void om_stream_free(struct om_stream *st);
+
+/* ---- memory pressure ---- */
+
+struct om_memory {
+	uint64_t total_bytes, available_bytes;
+	char source[256]; /* "system", or "cgroup DIRECTORY" */
+};
+/* What this process can still have: the tightest of the system and of every memory cgroup (versions 1 and
+ * 2) from its own up to the root, by share in use. Page cache that can be dropped at once is not in
+ * use. Read anew at each call. `root` goes before every path (NULL: none), for tests. */
+int om_memory_now(const char *root, struct om_memory *ret);
+
+enum om_level { OM_LOW, OM_MEDIUM, OM_HIGH, OM_CRITICAL };
+/* A level of pressure from shares in use, and its trend. A level is entered at once when the share
+ * reaches its threshold, and left 0.05 below it. */
+struct om_pressure;
+/* `thresholds`: of MEDIUM, HIGH, CRITICAL; OM_EVALUE unless they rise from above 0 to at most 1. */
+int om_pressure_create(const double thresholds[3], struct om_pressure **ret);
+void om_pressure_free(struct om_pressure *p);
+/* Others; they count from the next share on. OM_EVALUE as above: those there were stay. */
+int om_pressure_set(struct om_pressure *p, const double thresholds[3]);
+void om_pressure_get(struct om_pressure *p, double ret_thresholds[3]);
+enum om_level om_pressure_feed(struct om_pressure *p, double usage);
+/* 1 rising, -1 falling, 0 neither: by the line through the shares of the last minute. */
+int om_pressure_trend(struct om_pressure *p);
 
 /* ---- simulation ---- */
 

@@ -513,3 +513,28 @@ def test_memory_is_given_back(open_store: Opener) -> None:
                 store.add(f"b{i}", bytes(MIB // 2))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert after - before < 200 * 1024
+
+
+@pytest.mark.parametrize("policy", ["lru", "clock", "s3fifo", "sieve", "adaptive"])
+def test_policy_of_a_group(policy: str) -> None:
+    """A group does as simulate says, and keeps every byte."""
+    ids = [i % 12 if i // 200 % 2 else i * i % 40 for i in range(1200)]
+    with omnimem.Store(omnimem.StoreConfig(host_limit="64MiB", disk_limit="64MiB")) as store:
+        store.group("g", 10 * 65536, policy=policy)
+        for i in range(40):
+            store.add(f"b{i}", bytes([i]) * 65536, group="g")
+        for i in ids:
+            with store.lease(f"b{i}") as lease:
+                assert memoryview(lease)[-1] == i
+        store.check()
+        stats = store.stats()
+        assert stats.hits + stats.misses == len(ids)
+        assert stats.misses > 100
+
+
+def test_unknown_policy() -> None:
+    with omnimem.Store(omnimem.StoreConfig(host_limit="1MiB")) as store:
+        with pytest.raises(ValueError, match="no policy is named 'mru'; there are lru"):
+            store.group("g", 0, policy="mru")
+        with pytest.raises(TypeError, match="policy"):
+            store.group("g", 0, policy=3)  # type: ignore[arg-type]

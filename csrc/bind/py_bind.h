@@ -121,8 +121,9 @@ PyObject *py_store_add(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_store_take(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_store_add_file(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 
-/* simulate (py_simulate.c). */
+/* simulate (py_simulate.c), memory (py_pressure.c). */
 PyObject *py_simulate(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *py_memory(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 
 /* ---- data that goes out (py_export.c) ---- */
 
@@ -163,9 +164,10 @@ PyObject *py_ticket_new(struct py_core *core, struct om_ticket *t);
 int py_window_check(uint64_t block_nbytes, uint64_t offset, struct om_dl_type type, int ndim,
                     const int64_t *shape, const int64_t *strides, uint64_t *ret_nbytes);
 
-extern PyType_Spec py_store_spec, py_lease_spec, py_window_spec, py_ticket_spec, py_stream_spec;
+extern PyType_Spec py_store_spec, py_lease_spec, py_window_spec, py_ticket_spec, py_stream_spec,
+	py_pressure_spec;
 extern PyTypeObject *py_store_type, *py_lease_type, *py_window_type, *py_ticket_type,
-	*py_stream_type;
+	*py_stream_type, *py_pressure_type;
 
 /* Casts a METH_FASTCALL | METH_KEYWORDS function for a method table. */
 #define PY_FAST(function) ((PyCFunction)(void (*)(void))(function))

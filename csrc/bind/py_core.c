@@ -243,6 +243,9 @@ static PyMethodDef functions[] = {
 	  "_fault_points()\n--\n\nNames of all fault points." },
 	{ "_dtype_code", dtype_code, METH_O,
 	  "_dtype_code(dtype, /)\n--\n\nDLPack (code, bits, lanes) of an element type's name." },
+	{ "memory", PY_FAST(py_memory), PY_FAST_FLAGS,
+	  "memory($module, /, root=None)\n--\n\n(total, available, source) of the tightest of system and "
+	  "cgroups, in bytes." },
 	{ "simulate", PY_FAST(py_simulate), PY_FAST_FLAGS,
 	  "simulate($module, /, ids, capacity, policy, sizes=None)\n--\n\nRequests, misses, their bytes, "
 	  "and how often each expert of \"adaptive\" led." },
@@ -261,6 +264,7 @@ static const struct {
 	{ "Window", &py_window_spec, &py_window_type },
 	{ "Ticket", &py_ticket_spec, &py_ticket_type },
 	{ "Stream", &py_stream_spec, &py_stream_type },
+	{ "Pressure", &py_pressure_spec, &py_pressure_type },
 };
 #define TYPES (sizeof(types) / sizeof(types[0]))
 

@@ -85,7 +85,7 @@ PyObject *py_simulate(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
 	uint64_t *ids = NULL, *sizes = NULL, capacity;
 	size_t count, size_count;
 	struct om_simulation r;
-	PyObject *given[4], *result = NULL;
+	PyObject *given[4] = { NULL }, *result = NULL;
 	const char *policy;
 	int code;
 

@@ -138,19 +138,21 @@ static PyObject *store_exit(PyObject *self, PyObject *const *Py_UNUSED(args),
 static PyObject *store_group(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
                              PyObject *kwnames)
 {
-	static const char *const names[] = { "name", "host_limit", NULL };
-	PyObject *a[2] = { NULL };
+	static const char *const names[] = { "name", "host_limit", "policy", NULL };
+	PyObject *a[3] = { NULL };
 	struct py_core *core = py_store_core(self);
-	const char *name;
+	const char *name, *policy;
 	uint64_t limit;
 	int code;
 
-	if (!core || py_args("group", args, nargs, kwnames, names, 2, 2, a))
+	if (!core || py_args("group", args, nargs, kwnames, names, 2, 3, a))
 		return NULL;
 	name = py_text(a[0], "name");
-	if (!name || py_size(a[1], "host_limit", &limit))
+	if (!name || py_size(a[1], "host_limit", &limit) ||
+	    py_text_or_null(a[2], "policy", &policy))
 		return NULL;
-	Py_BEGIN_ALLOW_THREADS code = om_store_group(core->s, name, limit);
+	Py_BEGIN_ALLOW_THREADS code = policy ? om_store_policy(core->s, name, policy) : 0;
+	code = code ? code : om_store_group(core->s, name, limit);
 	Py_END_ALLOW_THREADS return py_done(code);
 }
 
@@ -449,8 +451,9 @@ PyDoc_STRVAR(info_doc, "_info($self, name, /)\n--\n\nThe fields of BlockInfo, as
 PyDoc_STRVAR(stats_doc, "_stats($self, /)\n--\n\nThe fields of StoreStats, as a dict.");
 PyDoc_STRVAR(check_doc, "check($self, /)\n--\n\nRaise CorruptError when an invariant is broken.");
 PyDoc_STRVAR(group_doc,
-             "group($self, name, host_limit)\n--\n\n"
+             "group($self, name, host_limit, policy=None)\n--\n\n"
              "Limit the bytes in memory of a group of blocks; 0: only the store's limit binds.\n"
+             "`policy` says who goes first: lru, clock, s3fifo, sieve or adaptive.\n"
              "Lowering the limit moves idle blocks out, as far as leases allow.");
 PyDoc_STRVAR(close_doc, "close($self, /)\n--\n\n"
                         "Stop the threads and free what nobody sees; live views keep their bytes.");

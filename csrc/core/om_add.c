@@ -50,8 +50,10 @@ static int reserve_new_locked(struct om_store *s, struct om_block *b, uint64_t d
                               struct om_extent *ret)
 {
 	uint64_t bytes = om_block_host_bytes(b);
-	int code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
+	int code;
 
+	om_block_access(b);
+	code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
 	return code ? code : om_fetch_reserve_locked(s, b->group, bytes, ret);
 }
 
@@ -84,8 +86,10 @@ static int adopt_bytes_locked(struct om_store *s, struct om_block *b, struct om_
                               uint64_t deadline_ns)
 {
 	uint64_t bytes = om_block_host_bytes(b);
-	int code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
+	int code;
 
+	om_block_access(b);
+	code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
 	/* A hole in a shared segment is no room for memory from elsewhere. */
 	if (!code && om_pool_room(&s->pool) < bytes)
 		code = om_room_wait_locked(s, b->group, OM_MAX(bytes, OM_POOL_SMALL + OM_PAGE),
@@ -125,7 +129,7 @@ static int add_sole(struct om_store *s, const char *name, const char *group, con
 		struct om_error error = *om_err_last();
 
 		om_list_del(&b->all);
-		b->group->blocks--;
+		om_group_leave(b->group, b);
 		om_block_unref(b);
 		om_err_set(&error);
 	}
@@ -249,7 +253,7 @@ int om_store_add_file(struct om_store *s, const char *name, const char *group,
 		code = om_table_insert(&s->table, b);
 		if (code) {
 			om_list_del(&b->all);
-			b->group->blocks--;
+			om_group_leave(b->group, b);
 			om_block_unref(b);
 		} else {
 			b->ranges = opened;
@@ -278,7 +282,7 @@ void om_store_reap_locked(struct om_store *s, struct om_block *b)
 	if (!b->ranges)
 		om_room_unadmit_locked(s, b->nbytes);
 	om_list_del(&b->all);
-	b->group->blocks--;
+	om_group_leave(b->group, b);
 	om_block_unref(b);
 }
 

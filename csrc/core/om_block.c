@@ -17,18 +17,21 @@ int om_block_create(const char *name, uint64_t nbytes, struct om_group *group,
 		om_free(b);
 		return -ENOMEM;
 	}
+	if (om_group_join(group, b)) {
+		om_free(b->name);
+		om_free(b);
+		return -ENOMEM;
+	}
 	b->refs = 1;
 	b->nbytes = nbytes;
-	b->group = group;
 	b->align = OM_BLOCK_ALIGN;
 	if (desc)
 		b->desc = *desc;
 	else
 		b->desc.ndim = -1;
 	om_list_init(&b->all);
-	om_list_init(&b->order);
+	om_list_init(&b->ahead);
 	om_list_init(&b->holders);
-	group->blocks++;
 	*ret = b;
 	return 0;
 }
@@ -72,15 +75,32 @@ static void count_host(struct om_block *b, int64_t bytes)
 	g->peak_bytes = OM_MAX(g->peak_bytes, g->used_bytes);
 }
 
-static void enlist(struct om_block *b)
+static bool is_idle(const struct om_block *b)
 {
-	om_list_del(&b->order);
-	if (b->leases)
-		return;
-	if (b->host == OM_COPY_VALID)
-		om_list_push_tail(&b->group->idle, &b->order);
-	else if (b->host == OM_COPY_FILLING)
-		om_list_push_tail(&b->group->ahead, &b->order);
+	return b->host == OM_COPY_VALID && !b->leases;
+}
+
+/* State or leases were changed: keep the list of what is fetched ahead, and the number of idle ones. */
+static void relist(struct om_block *b, bool was_idle)
+{
+	om_list_del(&b->ahead);
+	if (b->host == OM_COPY_FILLING && !b->leases)
+		om_list_push_tail(&b->group->ahead, &b->ahead);
+	b->group->idle += (uint64_t)is_idle(b) - (uint64_t)was_idle;
+}
+
+void om_block_access(struct om_block *b)
+{
+	struct om_policy *p = b->group->policy;
+
+	p->ops->access(p, b->slot, om_block_host_bytes(b), b->host != OM_COPY_NONE);
+}
+
+static void become_member(struct om_block *b)
+{
+	struct om_policy *p = b->group->policy;
+
+	p->ops->add(p, b->slot, om_block_host_bytes(b));
 }
 
 void om_block_fill_begin(struct om_block *b, struct om_extent mem)
@@ -90,14 +110,15 @@ void om_block_fill_begin(struct om_block *b, struct om_extent mem)
 	b->mem = mem;
 	b->data = mem.ptr;
 	count_host(b, (int64_t)mem.bytes);
-	enlist(b);
+	become_member(b);
+	relist(b, false);
 }
 
 void om_block_fill_end(struct om_block *b)
 {
 	assert(b->host == OM_COPY_FILLING);
 	b->host = OM_COPY_VALID;
-	enlist(b);
+	relist(b, false);
 }
 
 /* Bytes that the HOST copy takes from the limits. */
@@ -106,9 +127,11 @@ static uint64_t taken(const struct om_block *b)
 	return b->foreign ? om_up(OM_MAX(b->nbytes, 1), OM_PAGE) : b->mem.bytes;
 }
 
-static void free_host(struct om_block *b, struct om_pool *p)
+static void free_host(struct om_block *b, struct om_pool *p, bool evicted)
 {
+	struct om_policy *policy = b->group->policy;
 	uint64_t bytes = taken(b);
+	bool was_idle = is_idle(b);
 
 	count_host(b, -(int64_t)bytes);
 	if (b->foreign) {
@@ -124,20 +147,21 @@ static void free_host(struct om_block *b, struct om_pool *p)
 	b->host = OM_COPY_NONE;
 	b->unused = false;
 	b->counted = 0;
-	om_list_del(&b->order);
+	policy->ops->drop(policy, b->slot, evicted);
+	relist(b, was_idle);
 }
 
 void om_block_fill_fail(struct om_block *b, struct om_pool *p)
 {
 	assert(b->host == OM_COPY_FILLING);
-	free_host(b, p);
+	free_host(b, p, false);
 }
 
 void om_block_leave_begin(struct om_block *b)
 {
 	assert(b->host == OM_COPY_VALID && !b->leases);
-	om_list_del(&b->order);
 	b->host = OM_COPY_LEAVING;
+	relist(b, true);
 	b->group->leaving_bytes += taken(b);
 }
 
@@ -146,13 +170,13 @@ void om_block_leave_rescue(struct om_block *b)
 	assert(b->host == OM_COPY_LEAVING);
 	b->host = OM_COPY_VALID;
 	b->group->leaving_bytes -= taken(b);
-	enlist(b);
+	relist(b, false);
 }
 
 void om_block_host_drop(struct om_block *b, struct om_pool *p)
 {
 	assert((b->host == OM_COPY_VALID || b->host == OM_COPY_LEAVING) && !b->leases);
-	free_host(b, p);
+	free_host(b, p, true);
 }
 
 void om_block_adopt(struct om_block *b, struct om_pool *p, struct om_foreign *foreign)
@@ -163,7 +187,8 @@ void om_block_adopt(struct om_block *b, struct om_pool *p, struct om_foreign *fo
 	b->data = foreign->data;
 	p->limit_bytes -= taken(b);
 	count_host(b, (int64_t)taken(b));
-	enlist(b);
+	become_member(b);
+	relist(b, false);
 }
 
 void om_block_disk_begin(struct om_block *b)
@@ -189,15 +214,15 @@ void om_block_disk_drop(struct om_block *b, struct om_disk *d)
 void om_block_lease(struct om_block *b)
 {
 	assert(b->host == OM_COPY_VALID || b->host == OM_COPY_FILLING);
-	om_list_del(&b->order);
 	b->leases++;
+	relist(b, b->host == OM_COPY_VALID && b->leases == 1);
 }
 
 void om_block_unlease(struct om_block *b)
 {
 	assert(b->leases);
 	b->leases--;
-	enlist(b);
+	relist(b, false);
 }
 
 void om_block_lose_leases(struct om_block *b)

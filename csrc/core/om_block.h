@@ -47,9 +47,10 @@ struct om_block {
 	struct om_desc desc;
 	struct om_block *chain; /* table */
 	struct om_list all;     /* store->blocks, in the order of adding */
-	struct om_list order;   /* leases == 0: group->idle (HOST VALID) or ->ahead (FILLING) */
+	struct om_list ahead;   /* group->ahead: FILLING and not leased */
 	struct om_group *group;
-	bool named; /* in the table */
+	uint32_t slot; /* its seat there */
+	bool named;    /* in the table */
 
 	struct om_range *ranges; /* the origin; NULL: none */
 	size_t range_count;
@@ -97,7 +98,9 @@ void om_block_adopt(struct om_block *b, struct om_pool *p, struct om_foreign *fo
 void om_block_disk_begin(struct om_block *b);                   /* NONE -> FILLING */
 void om_block_disk_end(struct om_block *b);                     /* FILLING -> VALID */
 void om_block_disk_drop(struct om_block *b, struct om_disk *d); /* any -> NONE */
-/* Leases of the HOST copy (VALID or FILLING); the last one puts a VALID copy on the idle list. */
+/* The block is asked for: the policy of its group learns of it. Before room is made. */
+void om_block_access(struct om_block *b);
+/* Leases of the HOST copy (VALID or FILLING); without one a VALID copy is idle: it may be chosen to go. */
 void om_block_lease(struct om_block *b);
 void om_block_unlease(struct om_block *b);
 /* The fill that all leases wait for has failed: it takes them with it. */

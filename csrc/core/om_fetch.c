@@ -429,9 +429,13 @@ static void count_lease_locked(struct om_store *s, struct om_block *b, struct om
 static int try_lease_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
                             struct om_move **moves, uint64_t deadline_ns, bool *ret_again)
 {
-	int code = summon_locked(s, blocks, count, deadline_ns);
+	int code;
 
 	*ret_again = false;
+	for (size_t i = 0; i < count; i++)
+		if (!blocks[i]->counted) /* else it comes again */
+			om_block_access(blocks[i]);
+	code = summon_locked(s, blocks, count, deadline_ns);
 	if (code)
 		return code;
 	for (size_t i = 0; i < count; i++) {

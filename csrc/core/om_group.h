@@ -1,10 +1,17 @@
-/* om_group: blocks that share a HOST limit and an order of eviction. Passive, under the store lock.
+/*
+ * om_group: blocks that share a HOST limit and a policy. Passive, under the store lock.
  *
- * A copy is on one of the lists iff it is not leased, so that a leased copy cannot be a victim. */
+ * A block has a seat in its group from its creation on: the slot by which the policy knows it, so
+ * that what was learned about it outlives its eviction. Copies in HOST are the policy's members, leased
+ * ones too: they keep their place in its order, but are never chosen.
+ */
 #ifndef OM_GROUP_H
 #define OM_GROUP_H
 
 #include "base/om_list.h"
+#include "core/om_policy.h"
+
+struct om_block;
 
 struct om_group {
 	struct om_list link; /* store->groups */
@@ -12,15 +19,30 @@ struct om_group {
 	uint64_t limit_bytes;  /* 0: only the store's binds */
 	uint64_t lowered_from; /* it used so much when its limit was lowered: om_store_check only */
 	uint64_t used_bytes,
-		peak_bytes; /* HOST extents of its blocks, FILLING and LEAVING included */
-	uint64_t blocks;
+		peak_bytes;     /* HOST extents of its blocks, FILLING and LEAVING included */
 	uint64_t leaving_bytes; /* of those, LEAVING */
 	uint64_t read_bytes;
-	struct om_list idle;  /* VALID, not leased: least recently released first */
+	uint64_t idle; /* copies that are VALID and not leased: nothing can be chosen without */
 	struct om_list ahead; /* FILLING, not leased: fetched ahead of use */
-	uint64_t check_bytes; /* om_store_check only */
+	struct om_policy *policy;
+	struct om_block **seats; /* by slot; NULL: vacant */
+	uint32_t *vacant;        /* slots, a stack */
+	uint32_t vacant_count, seat_count;
+	uint64_t check_bytes, check_idle; /* om_store_check only */
 	unsigned
 		streams; /* of these: what they fetch ahead is finished by the thread that uses it */
 };
+
+/* `name` is short enough. The policy is LRU. */
+int om_group_create(const char *name, uint64_t capacity, struct om_group **ret);
+void om_group_destroy(struct om_group *g);
+/* A seat for a block, and giving it up: nothing of the block is remembered. */
+int om_group_join(struct om_group *g, struct om_block *b);
+void om_group_leave(struct om_group *g, struct om_block *b);
+/* Another policy, which begins with today's members. -ENOMEM leaves the one there was. */
+int om_group_set_policy(struct om_group *g, const struct om_policy_ops *ops);
+/* The policy's choice among idle copies that `may` go, or NULL. */
+struct om_block *om_group_victim(struct om_group *g,
+                                 bool (*may)(void *arg, const struct om_block *b), void *arg);
 
 #endif

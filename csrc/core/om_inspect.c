@@ -106,7 +106,7 @@ void om_store_collect(struct om_store *s)
 
 static int check_block(const struct om_block *b)
 {
-	bool listed = b->order.next != &b->order;
+	bool listed = b->ahead.next != &b->ahead;
 	size_t holders = 0;
 
 	OM_LIST_FOREACH(link, &b->holders)
@@ -118,10 +118,11 @@ static int check_block(const struct om_block *b)
 	if (b->leases && b->host != OM_COPY_VALID && b->host != OM_COPY_FILLING)
 		return om_err(OM_ECORRUPT, "I2: block '%s' is leased in state %d", b->name,
 		              b->host);
-	if (b->leases && listed)
-		return om_err(OM_ECORRUPT, "I2: block '%s' is leased and on a list", b->name);
-	if (!b->leases && b->host == OM_COPY_VALID && !listed)
-		return om_err(OM_ECORRUPT, "I2: block '%s' is idle and on no list", b->name);
+	if (listed != (b->host == OM_COPY_FILLING && !b->leases))
+		return om_err(OM_ECORRUPT, "I2: block '%s' is %s the list of fills ahead", b->name,
+		              listed ? "on" : "not on");
+	if (b->slot >= b->group->seat_count || b->group->seats[b->slot] != b)
+		return om_err(OM_ECORRUPT, "I2: block '%s' has no seat in its group", b->name);
 	if (holders > b->leases)
 		return om_err(OM_ECORRUPT, "I2: block '%s': %zu lease objects, %u leases", b->name,
 		              holders, b->leases);
@@ -140,14 +141,18 @@ static int check_sums(struct om_store *s)
 {
 	uint64_t pool = 0, disk = 0, sole = 0;
 
-	OM_LIST_FOREACH(link, &s->groups)
-		om_container_of(link, struct om_group, link)->check_bytes = 0;
+	OM_LIST_FOREACH(link, &s->groups) {
+		struct om_group *g = om_container_of(link, struct om_group, link);
+
+		g->check_bytes = g->check_idle = 0;
+	}
 	OM_LIST_FOREACH(link, &s->blocks) {
 		const struct om_block *b = om_container_of(link, struct om_block, all);
 		uint64_t bytes = om_up(OM_MAX(b->nbytes, 1), OM_PAGE);
 
 		if (b->host != OM_COPY_NONE) {
 			b->group->check_bytes += b->foreign ? bytes : b->mem.bytes;
+			b->group->check_idle += b->host == OM_COPY_VALID && !b->leases;
 			pool += b->foreign ? 0 : b->mem.bytes;
 		}
 		for (size_t i = 0; i < b->disk_copy.count; i++)
@@ -172,6 +177,10 @@ static int check_sums(struct om_store *s)
 			return om_err(OM_ECORRUPT,
 			              "I3: group '%s' holds %llu bytes and counts %llu", g->name,
 			              LLU(g->check_bytes), LLU(g->used_bytes));
+		if (g->check_idle != g->idle)
+			return om_err(OM_ECORRUPT,
+			              "I2: group '%s' has %llu idle copies and counts %llu",
+			              g->name, LLU(g->check_idle), LLU(g->idle));
 		/* I6: used bytes stay within the limit, or work down to one that was lowered. */
 		g->lowered_from = OM_MIN(g->lowered_from, g->used_bytes);
 		if (g->limit_bytes && g->used_bytes > OM_MAX(g->limit_bytes, g->lowered_from))

@@ -48,7 +48,8 @@ struct om_policy {
 extern const struct om_policy_ops om_policy_lru, om_policy_clock, om_policy_sieve, om_policy_s3fifo,
 	om_policy_nextuse, om_policy_lrfu, om_policy_adaptive;
 
-/* By name ("lru", "clock", "sieve", "s3fifo", "adaptive"); NULL: no such policy. */
+#define OM_POLICY_NAMES "lru, clock, s3fifo, sieve and adaptive"
+/* By name; NULL: no such policy. */
 const struct om_policy_ops *om_policy_find(const char *name);
 int om_policy_create(const struct om_policy_ops *ops, uint64_t capacity, struct om_policy **ret);
 void om_policy_destroy(struct om_policy *p);

@@ -1,8 +1,8 @@
 /*
  * om_room: making room in HOST, and what may be accepted at all.
  *
- * Victims: idle copies of a group over its own limit, else of any group, least recently released
- * first; then what was fetched ahead and is not yet in use. A clean copy is dropped, a dirty one is
+ * Victims: idle copies of a group over its own limit, else of any group, as its policy says; then what
+ * was fetched ahead and is not yet in use. A clean copy is dropped, a dirty one is
  * written out (om_spill.c). Nothing leased is touched.
  */
 #include <errno.h>
@@ -24,17 +24,17 @@ static bool group_fits(const struct om_group *g, uint64_t bytes)
 	return !g->limit_bytes || g->used_bytes + bytes <= g->limit_bytes;
 }
 
-/* First of a list that may go: clean ones only, unless `dirty`. */
-static struct om_block *pick(struct om_list *list, bool dirty, struct om_block *const *keep,
-                             size_t keep_count)
-{
-	OM_LIST_FOREACH(link, list) {
-		struct om_block *b = om_container_of(link, struct om_block, order);
+struct wish {
+	bool dirty; /* one that has to be written out will do */
+	struct om_block *const *keep;
+	size_t keep_count;
+};
 
-		if (!kept(b, keep, keep_count) && (dirty || om_block_clean(b)) && !b->holds)
-			return b;
-	}
-	return NULL;
+static bool granted(void *arg, const struct om_block *b)
+{
+	const struct wish *w = arg;
+
+	return (w->dirty || om_block_clean(b)) && !kept(b, w->keep, w->keep_count);
 }
 
 static bool over_limit(const struct om_group *g)
@@ -45,15 +45,17 @@ static bool over_limit(const struct om_group *g)
 static struct om_block *pick_victim(struct om_store *s, struct om_group *only, bool dirty,
                                     struct om_block *const *keep, size_t keep_count)
 {
+	struct wish wish = { dirty, keep, keep_count };
 	struct om_block *found = NULL;
 
 	if (only)
-		return pick(&only->idle, dirty, keep, keep_count);
+		return om_group_victim(only, granted, &wish);
 	OM_LIST_FOREACH(link, &s->groups) {
 		struct om_group *g = om_container_of(link, struct om_group, link);
-		struct om_block *b = pick(&g->idle, dirty, keep, keep_count);
+		bool over = over_limit(g);
+		struct om_block *b = over || !found ? om_group_victim(g, granted, &wish) : NULL;
 
-		if (b && over_limit(g))
+		if (b && over)
 			return b;
 		found = found ? found : b;
 	}
@@ -69,7 +71,7 @@ static struct om_block *pick_ahead(struct om_store *s, struct om_group *only,
 		if (only && g != only)
 			continue;
 		for (struct om_list *at = g->ahead.prev; at != &g->ahead; at = at->prev) {
-			struct om_block *b = om_container_of(at, struct om_block, order);
+			struct om_block *b = om_container_of(at, struct om_block, ahead);
 
 			if (b->move && !b->move->canceled && !kept(b, keep, keep_count))
 				return b;
@@ -90,7 +92,7 @@ static bool departing(struct om_store *s, struct om_group *only, uint64_t bytes,
 			continue;
 		leaving += g->leaving_bytes;
 		OM_LIST_FOREACH(at, &g->ahead) {
-			struct om_block *b = om_container_of(at, struct om_block, order);
+			struct om_block *b = om_container_of(at, struct om_block, ahead);
 
 			if (b->move && b->move->canceled)
 				leaving += b->mem.bytes;

@@ -180,7 +180,7 @@ static void forget_blocks_locked(struct om_store *s)
 	}
 	OM_LIST_FOREACH_SAFE(link, &s->groups) {
 		om_list_del(link);
-		om_free(om_container_of(link, struct om_group, link));
+		om_group_destroy(om_container_of(link, struct om_group, link));
 	}
 }
 
@@ -247,12 +247,8 @@ struct om_group *om_store_find_group_locked(struct om_store *s, const char *name
 		       sizeof(g->name) - 1, name);
 		return NULL;
 	}
-	g = om_alloc(1, sizeof(*g));
-	if (!g)
+	if (om_group_create(name, s->host_limit_bytes, &g))
 		return NULL;
-	strcpy(g->name, name);
-	om_list_init(&g->idle);
-	om_list_init(&g->ahead);
 	om_list_push_tail(&s->groups, &g->link);
 	return g;
 }
@@ -269,9 +265,26 @@ int om_store_group(struct om_store *s, const char *group, uint64_t host_limit_by
 		return om_store_leave(s, om_err_last()->code);
 	g->limit_bytes = om_down(host_limit_bytes, OM_PAGE);
 	g->lowered_from = g->used_bytes;
+	g->policy->capacity = g->limit_bytes ? g->limit_bytes : s->host_limit_bytes;
 	om_room_shrink_locked(s, g);
 	om_store_changed_locked(s);
 	return om_store_leave(s, 0);
+}
+
+int om_store_policy(struct om_store *s, const char *group, const char *policy)
+{
+	const struct om_policy_ops *ops = om_policy_find(policy);
+	struct om_group *g;
+	int code;
+
+	if (!ops)
+		return om_err(OM_EVALUE, "no policy is named '%s'; there are " OM_POLICY_NAMES,
+		              policy);
+	code = om_store_enter(s);
+	if (code)
+		return code;
+	g = om_store_find_group_locked(s, group);
+	return om_store_leave(s, g ? om_group_set_policy(g, ops) : om_err_last()->code);
 }
 
 struct om_block *om_store_find_locked(struct om_store *s, const char *name)

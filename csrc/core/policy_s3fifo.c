@@ -6,8 +6,7 @@
  *   ghost (ids, 90 %)           what left small; asked for again while there: comes back to main
  *
  * Main gives when it is over its share or small is empty. What is larger than all of small goes to
- * main at once (the paper's simulator refuses it; a store cannot). What may not go now is passed on
- * as if it had been used.
+ * main at once (the paper's simulator refuses it; a store cannot). What may not go now is passed by.
  */
 #include "base/om_base.h"
 #include "core/om_policy.h"
@@ -115,33 +114,41 @@ static void add(struct om_policy *p, uint32_t slot, uint64_t bytes)
 	put(s, slot, slot == s->wanted_back || bytes > small_capacity(s) ? MAIN : SMALL);
 }
 
-/* The old end of small that nobody asked for; those asked for go to main on the way. */
+/* The oldest of small that was not asked for; those that were go to main on the way. */
 static uint32_t small_victim(struct s3fifo *s, om_may *may, void *arg)
 {
-	while (s->queues[SMALL].count) {
-		uint32_t at = s->queues[SMALL].oldest;
+	uint32_t at = s->queues[SMALL].oldest;
 
-		if (s->items[at].uses < PROMOTE_AT && (!may || may(arg, at)))
-			return at;
-		s->items[at].uses = 0;
-		put(s, at, MAIN);
+	while (at != OM_NIL) {
+		uint32_t next = s->links[at].newer;
+
+		if (!may || may(arg, at)) {
+			if (s->items[at].uses < PROMOTE_AT)
+				return at;
+			s->items[at].uses = 0;
+			put(s, at, MAIN);
+		}
+		at = next;
 	}
 	return OM_NIL;
 }
 
+/* A round takes one use off each, so that after MOST_USES of them there is one without. */
 static uint32_t main_victim(struct s3fifo *s, om_may *may, void *arg)
 {
-	/* A round clears at least one use of each; what may not go keeps its uses. */
-	for (uint64_t left = (MOST_USES + 2) * (uint64_t)s->queues[MAIN].count; left; left--) {
-		uint32_t at = s->queues[MAIN].oldest;
+	uint32_t at = s->queues[MAIN].oldest;
+
+	for (uint64_t left = (MOST_USES + 1) * (uint64_t)s->queues[MAIN].count; left; left--) {
+		uint32_t next = s->links[at].newer;
 		struct item *it = &s->items[at];
 
 		if (!may || may(arg, at)) {
 			if (!it->uses)
 				return at;
 			it->uses = (uint8_t)(OM_MIN(it->uses, MOST_USES) - 1);
+			put(s, at, MAIN);
 		}
-		put(s, at, MAIN);
+		at = next == OM_NIL ? s->queues[MAIN].oldest : next;
 	}
 	return OM_NIL;
 }

@@ -16,6 +16,7 @@ from omnimem.errors import (
     IOFailure,
     LimitError,
 )
+from omnimem.pressure import MemoryPressureLevel, MemoryPressureMonitor
 from omnimem.simulation import SimulationResult, simulate
 from omnimem.store import BlockInfo, Store, StoreStats, TierStats
 
@@ -33,6 +34,8 @@ __all__ = [
     "IOFailure",
     "Lease",
     "LimitError",
+    "MemoryPressureLevel",
+    "MemoryPressureMonitor",
     "SimulationResult",
     "Store",
     "StoreConfig",

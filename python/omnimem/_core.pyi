@@ -101,10 +101,12 @@ class Store:
     def check(self) -> None:
         """Raise CorruptError when an invariant of the store is broken."""
 
-    def group(self, name: str, host_limit: int) -> None:
+    def group(self, name: str, host_limit: int, policy: str | None = None) -> None:
         """Limit a group's bytes in memory; 0: only the store's limit binds.
 
-        Lowering the limit moves idle blocks out, as far as leases allow.
+        Lowering the limit moves idle blocks out, as far as leases allow. `policy` says who goes
+        first: "lru" (what groups begin with), "clock", "s3fifo", "sieve" or "adaptive"; another
+        one begins without what the former had learned.
         """
 
     def close(self) -> None:
@@ -248,6 +250,24 @@ class Stream:
     def stats(self) -> dict[str, Any]: ...
     def close(self) -> None:
         """Let all leases go; views keep their bytes."""
+
+class Pressure:
+    def __init__(self, thresholds: Sequence[float]) -> None: ...
+    def feed(self, usage: float, /) -> int:
+        """The level, 0 to 3, with a new share in use."""
+
+    def trend(self) -> int:
+        """1 rising, -1 falling, 0 neither, over the last minute."""
+
+    @property
+    def thresholds(self) -> tuple[float, float, float]:
+        """Shares in use at which MEDIUM, HIGH and CRITICAL begin."""
+
+    @thresholds.setter
+    def thresholds(self, value: Sequence[float]) -> None: ...
+
+def memory(root: str | None = None) -> tuple[int, int, str]:
+    """(total, available, source) of the tightest of system and cgroups, in bytes."""
 
 def simulate(
     ids: Buffer, capacity: int, policy: str, sizes: Buffer | None = None

@@ -45,7 +45,8 @@ def simulate(
 ) -> SimulationResult:
     """Run a trace of accesses through a cache.
 
-    The code that chooses is the code that stores run, so that what is judged here is what ships.
+    The code that chooses is the code that the groups of a store run (`Store.group`), so that what
+    is judged here is what ships.
 
     Parameters
     ----------

@@ -4,14 +4,14 @@
 #include "core/om_block.h"
 #include "om_test.h"
 
-static struct om_group group;
+static struct om_group *group;
 static struct om_pool pool;
 
 static struct om_block *make(uint64_t nbytes)
 {
 	struct om_block *b;
 
-	CHECK_EQ(om_block_create("a block", nbytes, &group, NULL, &b), 0);
+	CHECK_EQ(om_block_create("a block", nbytes, group, NULL, &b), 0);
 	CHECK_EQ(b->desc.ndim, -1);
 	return b;
 }
@@ -19,7 +19,7 @@ static struct om_block *make(uint64_t nbytes)
 static bool on(const struct om_block *b, const struct om_list *list)
 {
 	OM_LIST_FOREACH(link, list)
-		if (link == &b->order)
+		if (link == &b->ahead)
 			return true;
 	return false;
 }
@@ -32,6 +32,13 @@ static void begin(struct om_block *b)
 	om_block_fill_begin(b, mem);
 }
 
+static bool any(void *arg, const struct om_block *b)
+{
+	(void)arg;
+	CHECK(b->host == OM_COPY_VALID && !b->leases);
+	return true;
+}
+
 static void life(void)
 {
 	struct om_block *b = make(5000), *other = make(10);
@@ -39,38 +46,41 @@ static void life(void)
 	CHECK(b->host == OM_COPY_NONE && b->disk == OM_COPY_NONE && !om_block_clean(b));
 	CHECK_EQ(om_block_host_bytes(b), 2 * OM_PAGE);
 	begin(b);
-	CHECK(b->host == OM_COPY_FILLING && on(b, &group.ahead) && !on(b, &group.idle));
-	CHECK_EQ(group.used_bytes, b->mem.bytes);
+	CHECK(b->host == OM_COPY_FILLING && on(b, &group->ahead) && !group->idle);
+	CHECK_EQ(group->used_bytes, b->mem.bytes);
 	om_block_fill_fail(b, &pool);
-	CHECK(b->host == OM_COPY_NONE && !on(b, &group.ahead) && !group.used_bytes &&
+	CHECK(b->host == OM_COPY_NONE && !on(b, &group->ahead) && !group->used_bytes &&
 	      !pool.used_bytes);
 	begin(b);
 	om_block_lease(b);
-	CHECK(!on(b, &group.ahead));
+	CHECK(!on(b, &group->ahead));
 	om_block_fill_end(b);
-	CHECK(b->host == OM_COPY_VALID && !on(b, &group.idle)); /* leased: no victim */
+	CHECK(b->host == OM_COPY_VALID && !group->idle); /* leased: no victim */
 	om_block_lease(b);
 	om_block_unlease(b);
-	CHECK(!on(b, &group.idle));
+	CHECK(!group->idle && !om_group_victim(group, any, NULL));
 	om_block_unlease(b);
-	CHECK(on(b, &group.idle));
+	CHECK(group->idle == 1 && om_group_victim(group, any, NULL) == b);
 	begin(other);
 	om_block_fill_end(other);
-	CHECK(group.idle.next == &b->order && group.idle.prev == &other->order);
-	om_block_lease(b);
-	om_block_unlease(b);
-	CHECK(group.idle.next == &other->order); /* least recently released first */
+	CHECK(group->idle == 2 && om_group_victim(group, any, NULL) == b);
+	om_block_access(b);
+	CHECK(om_group_victim(group, any, NULL) == other); /* least recently used first */
+	om_block_lease(other);
+	CHECK(om_group_victim(group, any, NULL) == b); /* leased ones are passed by, and stay */
+	om_block_unlease(other);
+	CHECK(om_group_victim(group, any, NULL) == other);
 	om_block_leave_begin(b);
-	CHECK(b->host == OM_COPY_LEAVING && !on(b, &group.idle));
-	CHECK_EQ(group.leaving_bytes, b->mem.bytes);
+	CHECK(b->host == OM_COPY_LEAVING && group->idle == 1);
+	CHECK_EQ(group->leaving_bytes, b->mem.bytes);
 	om_block_leave_rescue(b);
-	CHECK(b->host == OM_COPY_VALID && on(b, &group.idle) && !group.leaving_bytes);
+	CHECK(b->host == OM_COPY_VALID && group->idle == 2 && !group->leaving_bytes);
 	om_block_leave_begin(b);
 	om_block_host_drop(b, &pool);
-	CHECK(b->host == OM_COPY_NONE && !group.leaving_bytes);
+	CHECK(b->host == OM_COPY_NONE && !group->leaving_bytes);
 	om_block_host_drop(other, &pool);
-	CHECK(!group.used_bytes && group.peak_bytes && om_list_empty(&group.idle));
-	CHECK_EQ(group.blocks, 2);
+	CHECK(!group->used_bytes && group->peak_bytes && !group->idle);
+	CHECK(group->seats[b->slot] == b && group->seats[other->slot] == other);
 	om_block_unref(b);
 	om_block_unref(other);
 }
@@ -132,8 +142,8 @@ static void foreign_memory(void)
 	CHECK(f);
 	*f = (struct om_foreign){ .refs = 1, .data = mine, .release = release, .context = &one };
 	om_block_adopt(b, &pool, f);
-	CHECK(b->data == mine && b->host == OM_COPY_VALID && on(b, &group.idle));
-	CHECK_EQ(group.used_bytes, 3 * OM_PAGE);
+	CHECK(b->data == mine && b->host == OM_COPY_VALID && group->idle == 1);
+	CHECK_EQ(group->used_bytes, 3 * OM_PAGE);
 	CHECK_EQ(pool.limit_bytes, 8 * OM_MIB - 3 * OM_PAGE); /* it counts */
 	__atomic_add_fetch(&f->refs, 1, __ATOMIC_RELAXED);    /* a lease */
 	om_block_host_drop(b, &pool);
@@ -154,7 +164,7 @@ static void without_memory(void)
 
 	for (uint64_t nth = 1; nth <= 2; nth++) {
 		om_fault_arm(OM_FAULT_ALLOC, nth, false);
-		CHECK(om_block_create("x", 1, &group, NULL, &b) < 0);
+		CHECK(om_block_create("x", 1, group, NULL, &b) < 0);
 	}
 	om_fault_reset();
 	CHECK_EQ(om_pool_check(&pool), 0);
@@ -162,14 +172,14 @@ static void without_memory(void)
 
 int main(void)
 {
-	om_list_init(&group.idle);
-	om_list_init(&group.ahead);
 	om_pool_init(&pool, 8 * OM_MIB);
+	CHECK_EQ(om_group_create("group", 8 * OM_MIB, &group), 0);
 	life();
 	disk_copies();
 	origins();
 	foreign_memory();
 	without_memory();
+	om_group_destroy(group);
 	om_pool_fini(&pool);
 	return 0;
 }

@@ -1,8 +1,11 @@
 /* om_policy, om_cache, om_simulate: small answers worked out by hand, random operations against a set,
- * members that may not go, forgotten slots, changing capacity, memory that is refused. */
+ * members that may not go, forgotten slots, changing capacity, memory that is refused; and stores, which
+ * miss what the simulation says. */
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "core/om_cache.h"
 #include "om_test.h"
@@ -240,6 +243,143 @@ static void grows_later(const struct om_policy_ops *ops)
 	}
 }
 
+/* ---- stores ---- */
+
+#define PIECE    (UINT64_C(64) << 10)
+#define BLOCKS   60
+#define KEPT     17
+#define REQUESTS 3000
+
+static struct om_store *open_store(const char *dir, const char *path, bool with_blocks)
+{
+	const char *io = getenv("OMNIMEM_IO");
+	struct om_store_config c = { .host_limit_bytes = 64 * OM_MIB,
+		                     .disk_limit_bytes = 64 * OM_MIB,
+		                     .directory = dir,
+		                     .backend = io && !strcmp(io, "threads") ? 2 : 0 };
+	struct om_store *s;
+	char name[16];
+
+	CHECK_EQ(om_store_create(&c, &s), 0);
+	CHECK_EQ(om_store_group(s, "g", KEPT * PIECE), 0);
+	for (uint64_t i = 0; i < BLOCKS && with_blocks; i++) {
+		struct om_file_range r = { path, i * PIECE, PIECE };
+
+		snprintf(name, sizeof(name), "b%d", (int)i);
+		CHECK_EQ(om_store_add_file(s, name, "g", &r, 1, NULL), 0);
+	}
+	return s;
+}
+
+/* Popular ones, with a cycle now and then. */
+static void make_trace(uint64_t *ids)
+{
+	unsigned long long seed = 5;
+
+	for (size_t i = 0; i < REQUESTS; i++) {
+		uint64_t r = om_test_random(&seed) % 1000;
+
+		ids[i] = i / 500 % 2 ? i % 25 : r * r * BLOCKS / 1000000;
+	}
+}
+
+static void use(struct om_store *s, uint64_t id)
+{
+	struct om_lease *l;
+	char name[16];
+
+	snprintf(name, sizeof(name), "b%d", (int)id);
+	CHECK_EQ(om_store_lease(s, name, false, om_deadline(20 * OM_NSEC), &l), 0);
+	CHECK_EQ(*(uint8_t *)om_lease_data(l), id);
+	om_lease_unref(l);
+}
+
+static void stores_do_as_simulated(const char *dir, const char *path)
+{
+	static const char *const names[] = { "lru", "clock", "sieve", "s3fifo", "adaptive" };
+	uint64_t ids[REQUESTS], sizes[REQUESTS];
+
+	make_trace(ids);
+	for (size_t i = 0; i < REQUESTS; i++)
+		sizes[i] = PIECE;
+	for (size_t k = 0; k < sizeof(names) / sizeof(*names); k++) {
+		struct om_store *s = open_store(dir, path, true);
+		struct om_simulation expected;
+		struct om_stats got;
+
+		CHECK_EQ(om_store_policy(s, "g", names[k]), 0);
+		CHECK_EQ(om_simulate(ids, sizes, REQUESTS, KEPT * PIECE, names[k], &expected), 0);
+		for (size_t i = 0; i < REQUESTS; i++)
+			use(s, ids[i]);
+		CHECK_EQ(om_store_check(s), 0);
+		CHECK_EQ(om_store_stats(s, &got), 0);
+		CHECK_EQ(got.misses, expected.misses);
+		CHECK_EQ(got.hits + got.misses, REQUESTS);
+		om_store_unref(s);
+	}
+}
+
+/* Another policy at any time, with blocks of all kinds coming and going. */
+static void policies_change(const char *dir, const char *path)
+{
+	static const char *const names[] = { "clock", "adaptive", "sieve", "s3fifo", "lru" };
+	struct om_store *s = open_store(dir, path, true);
+	static uint8_t own[PIECE];
+	unsigned long long seed = 9;
+	char name[16];
+
+	CHECK_EQ(om_store_policy(s, "g", "fifo"), OM_EVALUE);
+	CHECK(strstr(om_err_last()->text, "'fifo'") && strstr(om_err_last()->text, "sieve"));
+	for (int i = 0; i < 1500; i++) {
+		int id = (int)(om_test_random(&seed) % BLOCKS), code;
+
+		if (i % 50 == 0)
+			CHECK_EQ(om_store_policy(s, "g", names[i / 50 % 5]), 0);
+		snprintf(name, sizeof(name), "own%d", id % 20);
+		code = om_store_remove(s, name);
+		CHECK(code == 0 || code == OM_ENAME);
+		if (i % 3) {
+			memset(own, id, sizeof(own));
+			code = om_store_add(s, name, "g", own, sizeof(own), NULL,
+			                    om_deadline(20 * OM_NSEC));
+			CHECK_EQ(code, 0);
+		}
+		use(s, (uint64_t)id);
+		CHECK_EQ(om_store_check(s), 0);
+	}
+	for (uint64_t nth = 1;; nth++) {
+		int code;
+
+		om_fault_arm(OM_FAULT_ALLOC, nth, false);
+		code = om_store_policy(s, "g", "adaptive");
+		if (!om_fault_fired(OM_FAULT_ALLOC))
+			break;
+		om_fault_reset();
+		CHECK_EQ(code, -ENOMEM);
+		use(s, nth % BLOCKS);
+		CHECK_EQ(om_store_check(s), 0);
+	}
+	om_fault_reset();
+	om_store_unref(s);
+}
+
+static void in_stores(void)
+{
+	char dir[] = "/var/tmp/omnimem-test-XXXXXX", path[64];
+	FILE *f;
+
+	CHECK(mkdtemp(dir));
+	snprintf(path, sizeof(path), "%s/file", dir);
+	f = fopen(path, "wb");
+	CHECK(f);
+	for (uint64_t i = 0; i < BLOCKS * PIECE; i++)
+		CHECK(fputc((int)(i / PIECE), f) != EOF);
+	CHECK(fclose(f) == 0);
+	stores_do_as_simulated(dir, path);
+	policies_change(dir, path);
+	CHECK(unlink(path) == 0 && rmdir(dir) == 0);
+}
+
 int main(void)
 {
 	by_hand();
@@ -251,5 +391,6 @@ int main(void)
 		grows_later(all[i]);
 	}
 	without_memory();
+	in_stores();
 	return 0;
 }

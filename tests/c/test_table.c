@@ -20,12 +20,11 @@ static void make_blocks(struct om_group *g)
 
 int main(void)
 {
-	struct om_group g = { .name = "g" };
+	struct om_group *g;
 	struct om_table t;
 
-	om_list_init(&g.idle);
-	om_list_init(&g.ahead);
-	make_blocks(&g);
+	CHECK_EQ(om_group_create("g", OM_GIB, &g), 0);
+	make_blocks(g);
 	CHECK_EQ(om_table_init(&t), 0);
 	CHECK(om_table_find(&t, "model.layers.0.weight") == NULL);
 	for (int i = 0; i < COUNT; i++) {
@@ -50,5 +49,6 @@ int main(void)
 	om_table_fini(&t);
 	for (int i = 0; i < COUNT; i++)
 		om_block_unref(blocks[i]);
+	om_group_destroy(g);
 	return 0;
 }
