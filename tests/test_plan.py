@@ -263,3 +263,21 @@ def test_a_plan_shows_no_lists() -> None:
     plan = make_plan(stack(4), 400 * PAGE)
     assert "units" not in repr(plan)
     assert isinstance(plan.units[0], UnitPlan)
+
+
+def test_tied_head_stays_first() -> None:
+    """What is used twice for every token is worth twice its bytes."""
+    name = "model.embed_tokens"
+    units = [(name, [Tensor("e", "other", 0, 60 * PAGE)]), *stack(6)]
+
+    def embedding(budget: int, times: int) -> tuple[Plan, UnitPlan]:
+        plan = make_plan(units, budget, {name: times})
+        return plan, next(unit for unit in plan.units if unit.name == name)
+
+    assert embedding(390 * PAGE, 1)[1].streamed_bytes == 60 * PAGE
+    assert embedding(390 * PAGE, 2)[1].streamed_bytes == 0
+    plan, unit = embedding(250 * PAGE, 2)  # the ring and 50 pages: too few for it
+    others = sum(u.streamed_bytes for u in plan.units if u is not unit)
+    assert unit.streamed_bytes == 60 * PAGE
+    assert others == 550 * PAGE  # what it leaves free is not left empty
+    assert plan.stream_bytes == plan.prefill_bytes == others + 2 * unit.streamed_bytes

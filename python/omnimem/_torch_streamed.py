@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from omnimem._torch_units import Units, materialize, restore
 from omnimem.config import format_size
 from omnimem.plan import Plan
 from omnimem.store import Store
+
+_RECENT = 32
+"""Passes that the mean of bytes a pass looks at."""
 
 
 class Streamed(Uncopied):
@@ -43,6 +47,7 @@ class Streamed(Uncopied):
         self._handles: list[Any] = []
         self._ended = False
         self._passes = 0
+        self._recent_bytes: deque[int] = deque(maxlen=_RECENT)
         self._pass_bytes = self._seen_bytes = 0
         self._pass_started = self._pass_seconds = self._pass_stall = self._seen_stall = 0.0
         before: list[tuple[nn.Parameter, torch.Tensor]] = []
@@ -91,6 +96,8 @@ class Streamed(Uncopied):
         self._pass_stall = stats["stall_seconds"] - self._seen_stall
         self._seen_stall = stats["stall_seconds"]
         self._pass_seconds = seconds
+        if self._passes:
+            self._recent_bytes.append(self._pass_bytes)
         self._passes += 1
 
     def __repr__(self) -> str:
@@ -119,7 +126,9 @@ class Streamed(Uncopied):
     def stats(self) -> dict[str, Any]:
         """Counters since the start.
 
-        Keys: `passes`, `bytes_read`, `bytes_last_pass`, `seconds_last_pass`, `stall_seconds`,
+        Keys: `passes`, `bytes_read`, `bytes_per_pass` (mean of the last passes, without the first
+        one: what is fetched ahead counts in the pass before the one that uses it),
+        `bytes_last_pass`, `seconds_last_pass`, `stall_seconds`,
         `stall_last_pass`, `read_bytes_per_second` (of the device while it reads), `enters`,
         `hits` (streamed units whose bytes were there), `mispredicted`, `resident_bytes`,
         `used_bytes`, `peak_bytes`, `exported_bytes`, `io_backend`, `io_reason`.
@@ -129,6 +138,11 @@ class Streamed(Uncopied):
         return {
             "passes": self._passes,
             "bytes_read": own["read_bytes"],
+            "bytes_per_pass": (
+                round(sum(self._recent_bytes) / len(self._recent_bytes))
+                if self._recent_bytes
+                else self._pass_bytes
+            ),
             "bytes_last_pass": self._pass_bytes,
             "seconds_last_pass": self._pass_seconds,
             "stall_seconds": own["stall_seconds"],

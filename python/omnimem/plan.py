@@ -6,7 +6,7 @@ blocks stays resident and the rest streams through a ring of two units. The rule
 - A unit larger than twice the median decoder layer (a tied head) always stays: the ring would need
   to hold it twice.
 - Residents are chosen by expected uses per request: decoder layers run for every token, a vision
-  tower once.
+  tower once, an embedding that is the head as well twice for every token.
 - Among equals, the streamed units are spread evenly by compute time, for which their bytes stand
   (decoding is bound by memory): the disk then works while the residents compute.
 - At most one unit is partly resident, cut at tensor boundaries, so that the budget fills.
@@ -17,8 +17,8 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from omnimem.config import format_size
 from omnimem.errors import LimitError
@@ -75,6 +75,8 @@ class UnitPlan:
     uses: float
     """Expected uses per request."""
     runs: tuple[Run, ...]
+    repeats: int = 1
+    """Uses in one pass: more than one where modules share its weights (a tied head)."""
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +97,16 @@ class UnitPlan:
     def streamed_bytes(self) -> int:
         """Bytes read each time that it is used."""
         return self.host_bytes - self.resident_bytes
+
+    @property
+    def pass_bytes(self) -> int:
+        """Bytes read in one pass that uses it."""
+        return self.streamed_bytes * self.repeats
+
+    @property
+    def decodes(self) -> bool:
+        """Is it used for every token?"""
+        return self.uses > self.repeats
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,11 @@ def uses_of(unit: str) -> float:
     return 1.0 if _VISION.search(unit) else _USES_PER_REQUEST
 
 
-def make_plan(units: Iterable[tuple[str, Sequence[Tensor]]], budget_bytes: int) -> Plan:
+def make_plan(
+    units: Iterable[tuple[str, Sequence[Tensor]]],
+    budget_bytes: int,
+    repeats: Mapping[str, int] | None = None,
+) -> Plan:
     """Choose the residents.
 
     Parameters
@@ -136,13 +152,19 @@ def make_plan(units: Iterable[tuple[str, Sequence[Tensor]]], budget_bytes: int) 
         In the order of execution.
     budget_bytes : int
         Memory for weights, ring included.
+    repeats : mapping of str to int, optional
+        Uses in one pass, of units that are used more than once.
 
     Raises
     ------
     LimitError
         The budget is below what the always-resident units and the ring need.
     """
-    plans = [_whole(name, tensors, resident=True) for name, tensors in units]
+    repeats = repeats or {}
+    plans = [
+        UnitPlan(name, uses_of(name) * (times := repeats.get(name, 1)), _runs(tensors, None), times)
+        for name, tensors in units
+    ]
     if sum(unit.nbytes for unit in plans) > budget_bytes:
         plans = _choose(plans, budget_bytes)
     ring = 2 * max((unit.streamed_bytes for unit in plans), default=0)
@@ -151,8 +173,8 @@ def make_plan(units: Iterable[tuple[str, Sequence[Tensor]]], budget_bytes: int) 
         weight_bytes=sum(unit.nbytes for unit in plans),
         resident_bytes=sum(unit.resident_bytes for unit in plans),
         ring_bytes=ring,
-        stream_bytes=sum(unit.streamed_bytes for unit in plans if unit.uses > 1),
-        prefill_bytes=sum(unit.streamed_bytes for unit in plans),
+        stream_bytes=sum(unit.pass_bytes for unit in plans if unit.decodes),
+        prefill_bytes=sum(unit.pass_bytes for unit in plans),
         units=tuple(plans),
     )
 
@@ -179,8 +201,9 @@ def _runs(tensors: Sequence[Tensor], resident: frozenset[str] | None) -> tuple[R
     return tuple(runs)
 
 
-def _whole(name: str, tensors: Sequence[Tensor], *, resident: bool) -> UnitPlan:
-    return UnitPlan(name, uses_of(name), _runs(tensors, None if resident else frozenset()))
+def _recut(unit: UnitPlan, resident: frozenset[str] | None) -> UnitPlan:
+    """The unit with other residents (None: all)."""
+    return replace(unit, runs=_runs(_tensors(unit), resident))
 
 
 def _tensors(unit: UnitPlan) -> tuple[Tensor, ...]:
@@ -244,11 +267,12 @@ def _fill(units: list[UnitPlan], forced: set[str], room: int) -> list[UnitPlan]:
         room -= sum(unit.host_bytes for unit in group if unit.name not in chosen)
         streamed -= {unit.name for unit in group if unit.name not in chosen}
         partial = _partly(next(unit for unit in reversed(group) if unit.name in chosen), room)
-        break
+        if partial.resident_bytes:
+            break
     return [
         partial
         if partial and unit.name == partial.name
-        else _whole(unit.name, _tensors(unit), resident=unit.name not in streamed)
+        else _recut(unit, None if unit.name not in streamed else frozenset())
         for unit in units
     ]
 
@@ -277,10 +301,10 @@ def _spread(cycle: list[UnitPlan], group: list[UnitPlan], room: int) -> set[str]
 def _partly(unit: UnitPlan, room: int) -> UnitPlan:
     """Keep as many bytes of a streamed unit as there is room for, at tensor boundaries."""
     tensors = _tensors(unit)
-    best = _whole(unit.name, tensors, resident=False)
+    best = _recut(unit, frozenset())
     stay: frozenset[str] = frozenset()
     for tensor in sorted(tensors, key=lambda t: -t.nbytes):
-        trial = UnitPlan(unit.name, unit.uses, _runs(tensors, stay | {tensor.name}))
+        trial = _recut(unit, stay | {tensor.name})
         if trial.resident_bytes <= room and trial.streamed_bytes <= best.streamed_bytes:
             stay |= {tensor.name}
             best = trial

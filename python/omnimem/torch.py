@@ -12,6 +12,7 @@ stops who would read what is not there, and `_torch_streamed` is the handle, `mo
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -143,6 +144,17 @@ def attach(
     return model
 
 
+def _repeats(
+    model: nn.Module, params: dict[str, nn.Parameter], units: dict[str, str]
+) -> dict[str, int]:
+    """In how many modules a unit's weights are: a tied head is used as often in one pass."""
+    shared = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
+    repeats: dict[str, int] = {}
+    for name, unit in units.items():
+        repeats[unit] = max(repeats.get(unit, 1), shared[id(params[name])])
+    return repeats
+
+
 def _attach(
     model: nn.Module,
     files: checkpoint.Checkpoint,
@@ -163,7 +175,7 @@ def _attach(
     for name, unit in units.items():
         info = files.info(name)
         grouped[unit].append(Tensor(name, info.file, info.offset, info.nbytes))
-    plan = make_plan(grouped.items(), budget)
+    plan = make_plan(grouped.items(), budget, _repeats(model, params, units))
     files.check_unchanged()
     own_store = None
     if store is None:

@@ -54,7 +54,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     if job["contender"] == "omnimem":
         plan, stats = model.omnimem.plan(), model.omnimem.stats()
         result |= {
-            "bytes_per_pass": stats["bytes_last_pass"],
+            "bytes_per_pass": stats["bytes_per_pass"],
             "planned_bytes_per_pass": plan.stream_bytes,
             "io_backend": stats["io_backend"],
             "io_reason": stats["io_reason"],

@@ -76,7 +76,7 @@ def run_command(
         "bytes of weights": show_size(plan.weight_bytes),
         "budget": show_size(plan.budget_bytes),
         "bytes read per pass": (
-            f"{show_size(stats['bytes_last_pass'])} (planned {show_size(plan.stream_bytes)})"
+            f"{show_size(stats['bytes_per_pass'])} (planned {show_size(plan.stream_bytes)})"
         ),
         "time to first token": show_seconds(made.first_seconds),
         "time per token": show_seconds(made.token_seconds),
