@@ -16,6 +16,9 @@ import pytest
 import omnimem
 from omnimem import _core
 
+SOAK = os.environ.get("OMNIMEM_SOAK") == "1"
+"""`make soak`: the long loops run whole. Tests that have one are marked so."""
+
 PACKAGE_DIR = Path(omnimem.__file__).resolve().parent.parent
 
 

@@ -143,7 +143,17 @@ def test_core_compiles(builder: Builder) -> None:
 
 
 @pytest.mark.parametrize("io", ["uring", "threads"])
-@pytest.mark.parametrize("source", PROGRAMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=[pytest.mark.soak] if "OMNIMEM_SOAK" in path.read_text() else [],
+        )
+        for path in PROGRAMS
+    ],
+)
 def test_c(source: Path, io: str, builder: Builder, tmp_path: Path) -> None:
     env = clean_env() | {
         "OMNIMEM_IO": io,

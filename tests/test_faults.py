@@ -16,12 +16,13 @@ import pytest
 import omnimem
 from omnimem import Store, StoreConfig, _core
 
-from .conftest import data
+from .conftest import SOAK, data
 
 KIB, MIB = 1 << 10, 1 << 20
 POINTS = _core._fault_points()
 HARMLESS = ("submit", "short")  # retried below, so that the operation just succeeds
-MOST = 400 if os.environ.get("OMNIMEM_SOAK") == "1" else 60
+MOST = 400 if SOAK else 60
+pytestmark = pytest.mark.soak
 SIZE = 300 * KIB + 5
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import shutil
 import tempfile
@@ -26,10 +25,10 @@ from hypothesis.stateful import (
 import omnimem
 from omnimem import Store, StoreConfig
 
-from .conftest import data
+from .conftest import SOAK, data
 
 KIB, MIB = 1 << 10, 1 << 20
-SOAK = os.environ.get("OMNIMEM_SOAK") == "1"
+pytestmark = pytest.mark.soak
 HOST, DISK = 4 * MIB, 8 * MIB
 
 NAMES = st.sampled_from([f"n{i}" for i in range(10)])

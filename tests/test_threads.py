@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import sys
 import threading
@@ -16,12 +15,13 @@ import pytest
 import omnimem
 from omnimem import Store
 
-from .conftest import data
+from .conftest import SOAK, data
 
 MIB = 1 << 20
 KIB = 1 << 10
 Opener = Callable[..., Store]
-SECONDS = 20.0 if os.environ.get("OMNIMEM_SOAK") == "1" else 1.5
+SECONDS = 20.0 if SOAK else 1.5
+pytestmark = pytest.mark.soak
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import pytest
 
 from omnimem import _core
 
-from .conftest import run_python
+from .conftest import SOAK, run_python
 from .torch_models import (
     SMALL_HEAD,
     assert_idle,
@@ -469,6 +469,7 @@ def interrupt_at(nth: int, use: Callable[[], object]) -> bool:
     return False
 
 
+@pytest.mark.soak
 def test_ctrl_c_at_any_bytecode() -> None:
     """Wherever a signal strikes within our hooks, the next pass is right at once."""
     preset = SMALL_HEAD
@@ -482,8 +483,7 @@ def test_ctrl_c_at_any_bytecode() -> None:
     with torch.no_grad():
         want = plain(preset)(input_ids=ids, use_cache=False).logits
     use()
-    soak = os.environ.get("OMNIMEM_SOAK") == "1"
-    last, step = (100_000, 1) if soak else (1200, 11)
+    last, step = (100_000, 1) if SOAK else (1200, 11)
     nth = 1
     while nth < last and interrupt_at(nth, use):
         assert same_bits(use(), want), nth
