@@ -131,7 +131,7 @@ def test_in_a_real_cgroup() -> None:
             "import omnimem\n"
             "m = omnimem.MemoryPressureMonitor()\n"
             "print(m.get_ram_pressure()[0].value)\n"
-            "held = bytearray(b'x') * (225 << 20)\n"
+            "held = bytearray(b'x') * (212 << 20)\n"
             "print(m.get_ram_pressure()[0].value, omnimem._core.memory()[2])\n"
         )
         enter = f'echo $$ > "{group}/cgroup.procs" && exec "$@"'
