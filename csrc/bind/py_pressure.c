@@ -33,25 +33,27 @@ static int read_thresholds(PyObject *o, double ret[3])
 	return 0;
 }
 
-static int pressure_init(PyObject *self, PyObject *args, PyObject *kwargs)
+static int give_thresholds(struct py_pressure *me, PyObject *o)
 {
-	static char *names[] = { "thresholds", NULL };
-	struct py_pressure *me = (struct py_pressure *)self;
-	PyObject *given;
 	double thresholds[3];
 	int code;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:Pressure", names, &given) ||
-	    read_thresholds(given, thresholds))
+	if (read_thresholds(o, thresholds))
 		return -1;
-	if (me->p) {
-		code = om_pressure_set(me->p, thresholds);
-	} else {
-		code = om_pressure_create(thresholds, &me->p);
-	}
+	code = me->p ? om_pressure_set(me->p, thresholds) : om_pressure_create(thresholds, &me->p);
 	if (code)
 		py_raise(code);
 	return code ? -1 : 0;
+}
+
+static int pressure_init(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+	static char *names[] = { "thresholds", NULL };
+	PyObject *given;
+
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:Pressure", names, &given))
+		return -1;
+	return give_thresholds((struct py_pressure *)self, given);
 }
 
 static void pressure_dealloc(PyObject *self)
@@ -103,18 +105,11 @@ static PyObject *get_thresholds(PyObject *self, void *unused)
 static int set_thresholds(PyObject *self, PyObject *value, void *unused)
 {
 	struct om_pressure *p = pressure_of(self);
-	double t[3];
-	int code;
 
 	(void)unused;
 	if (p && !value)
 		PyErr_SetString(PyExc_AttributeError, "thresholds cannot be deleted");
-	if (!p || !value || read_thresholds(value, t))
-		return -1;
-	code = om_pressure_set(p, t);
-	if (code)
-		py_raise(code);
-	return code ? -1 : 0;
+	return p && value ? give_thresholds((struct py_pressure *)self, value) : -1;
 }
 
 static PyMethodDef methods[] = {

@@ -4,53 +4,41 @@
 #include <string.h>
 
 /* One element of a buffer; false when it is negative. */
-static bool element(const char *at, char kind, Py_ssize_t size, uint64_t *ret)
+static bool element(const char *at, struct om_dl_type type, uint64_t *ret)
 {
-	bool is_signed = kind >= 'a'; /* b h i l q n; B H I L Q N are not */
-	int64_t value = 0;
+	uint64_t raw = 0;
 
-	if (size == 1)
-		value = is_signed ? *(const int8_t *)at : *(const uint8_t *)at;
-	else if (size == 2)
-		value = is_signed ? *(const int16_t *)at : *(const uint16_t *)at;
-	else if (size == 4)
-		value = is_signed ? *(const int32_t *)at : (int64_t) * (const uint32_t *)at;
-	else
-		memcpy(&value, at, sizeof(value));
-	*ret = (uint64_t)value;
-	return !is_signed || value >= 0;
+	memcpy(&raw, at, type.bits / 8); /* both little-endian */
+	*ret = raw;
+	return type.code == OM_DL_UINT || !(raw >> (type.bits - 1));
 }
 
-static bool is_integers(const Py_buffer *b)
+static bool is_integers(const Py_buffer *b, struct om_dl_type *ret)
 {
-	const char *format = b->format ? b->format : "B";
-
-	if (*format == '<' || *format == '=' || *format == '@')
-		format++;
-	return *format && !format[1] && strchr("BHILQNbhilqn", *format) && b->ndim == 1;
+	return b->ndim == 1 && py_dtype_of_format(b->format, b->itemsize, ret) &&
+	       (ret->code == OM_DL_UINT || ret->code == OM_DL_INT);
 }
 
 /* A buffer's integers as a fresh array (PyMem). */
 static int numbers(PyObject *o, const char *what, uint64_t **ret, size_t *ret_count)
 {
 	uint64_t *values = NULL;
+	struct om_dl_type type;
 	Py_buffer b;
 	size_t n, i = 0;
 
 	if (PyObject_GetBuffer(o, &b, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS))
 		return -1;
 	n = (size_t)(b.itemsize ? b.len / b.itemsize : 0);
-	if (!is_integers(&b))
+	if (!is_integers(&b, &type))
 		PyErr_Format(PyExc_TypeError,
 		             "%s must be one row of integers, not %d dimensions of format '%s'",
 		             what, b.ndim, b.format ? b.format : "B");
 	else if (!(values = PyMem_Malloc((n ? n : 1) * sizeof(*values))))
 		PyErr_NoMemory();
-	for (const char *kind = b.format ? b.format + strlen(b.format) - 1 : "B"; values && i < n;
-	     i++)
-		if (!element((const char *)b.buf + (Py_ssize_t)i * b.itemsize, *kind, b.itemsize,
-		             &values[i]))
-			break;
+	while (values && i < n &&
+	       element((const char *)b.buf + (Py_ssize_t)i * b.itemsize, type, &values[i]))
+		i++;
 	PyBuffer_Release(&b);
 	if (values && i < n) {
 		PyErr_Format(PyExc_ValueError, "%s[%zu] is negative", what, i);

@@ -38,6 +38,14 @@ static int begin_block_locked(struct om_store *s, const char *name, const char *
 	return code;
 }
 
+/* Off the store's list, without a name or a copy: the record goes with its last reference. */
+static void end_block_locked(struct om_block *b)
+{
+	om_list_del(&b->all);
+	om_group_leave(b->group, b);
+	om_block_unref(b);
+}
+
 static int name_block_locked(struct om_store *s, struct om_block *b)
 {
 	if (om_table_find(&s->table, b->name))
@@ -50,10 +58,8 @@ static int reserve_new_locked(struct om_store *s, struct om_block *b, uint64_t d
                               struct om_extent *ret)
 {
 	uint64_t bytes = om_block_host_bytes(b);
-	int code;
+	int code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
 
-	om_block_access(b);
-	code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
 	return code ? code : om_fetch_reserve_locked(s, b->group, bytes, ret);
 }
 
@@ -86,10 +92,8 @@ static int adopt_bytes_locked(struct om_store *s, struct om_block *b, struct om_
                               uint64_t deadline_ns)
 {
 	uint64_t bytes = om_block_host_bytes(b);
-	int code;
+	int code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
 
-	om_block_access(b);
-	code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
 	/* A hole in a shared segment is no room for memory from elsewhere. */
 	if (!code && om_pool_room(&s->pool) < bytes)
 		code = om_room_wait_locked(s, b->group, OM_MAX(bytes, OM_POOL_SMALL + OM_PAGE),
@@ -119,6 +123,7 @@ static int add_sole(struct om_store *s, const char *name, const char *group, con
 	code = om_room_admit_locked(s, name, nbytes);
 	if (!code) {
 		s->adding++; /* close waits for us */
+		om_block_access(b);
 		code = foreign ? adopt_bytes_locked(s, b, foreign, deadline_ns)
 		               : add_bytes_locked(s, b, data, deadline_ns);
 		s->adding--;
@@ -128,9 +133,7 @@ static int add_sole(struct om_store *s, const char *name, const char *group, con
 	if (code) {
 		struct om_error error = *om_err_last();
 
-		om_list_del(&b->all);
-		om_group_leave(b->group, b);
-		om_block_unref(b);
+		end_block_locked(b);
 		om_err_set(&error);
 	}
 	om_store_changed_locked(s);
@@ -252,9 +255,7 @@ int om_store_add_file(struct om_store *s, const char *name, const char *group,
 	if (!code) {
 		code = om_table_insert(&s->table, b);
 		if (code) {
-			om_list_del(&b->all);
-			om_group_leave(b->group, b);
-			om_block_unref(b);
+			end_block_locked(b);
 		} else {
 			b->ranges = opened;
 			b->range_count = opened_count;
@@ -281,9 +282,7 @@ void om_store_reap_locked(struct om_store *s, struct om_block *b)
 	om_block_disk_drop(b, &s->disk);
 	if (!b->ranges)
 		om_room_unadmit_locked(s, b->nbytes);
-	om_list_del(&b->all);
-	om_group_leave(b->group, b);
-	om_block_unref(b);
+	end_block_locked(b);
 }
 
 int om_store_remove(struct om_store *s, const char *name)

@@ -8,9 +8,9 @@ bool om_cache_request(struct om_cache *c, uint32_t slot, om_cache_evicted *evict
 	bool hit = c->member[slot];
 
 	ops->access(c->policy, slot, bytes, hit);
-	if (hit || bytes > c->capacity)
+	if (hit || bytes > c->policy->capacity)
 		return hit;
-	while (c->used + bytes > c->capacity) {
+	while (c->used + bytes > c->policy->capacity) {
 		uint32_t gone = ops->victim(c->policy, NULL, NULL);
 
 		ops->drop(c->policy, gone, true);

@@ -11,7 +11,7 @@ struct om_cache {
 	struct om_policy *policy;
 	const uint64_t *sizes; /* by slot, the owner's: constant while a slot is a member */
 	uint8_t *member;       /* by slot, the owner's, for this cache alone */
-	uint64_t capacity, used;
+	uint64_t used;         /* bytes; the capacity is the policy's */
 };
 
 /* Is told of each member that makes way. */

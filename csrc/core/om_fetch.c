@@ -424,6 +424,12 @@ static void count_lease_locked(struct om_store *s, struct om_block *b, struct om
 	}
 }
 
+/* Has the fill failed, and taken the leases along? */
+static bool lost(const struct om_move *m)
+{
+	return m && m->settled && m->error->code;
+}
+
 /* As om_fetch_lease_locked. *ret_again: what failed was begun ahead of need, maybe before its cause
  * was mended; a fill on demand has the last word. */
 static int try_lease_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
@@ -455,13 +461,10 @@ static int try_lease_locked(struct om_store *s, struct om_block *const *blocks, 
 		if (moves[i])
 			code = om_fetch_settle_locked(s, moves[i], deadline_ns);
 	for (size_t i = 0; i < count; i++)
-		*ret_again |= moves[i] && moves[i]->settled && moves[i]->error->code &&
-		              moves[i]->ahead && !s->closing;
+		*ret_again |= lost(moves[i]) && moves[i]->ahead && !s->closing;
 	for (size_t i = 0; i < count; i++) {
-		bool lost = moves[i] && moves[i]->settled && moves[i]->error->code;
-
 		blocks[i]->counted += code == OM_EBUSY || *ret_again;
-		if (code && !lost)
+		if (code && !lost(moves[i]))
 			om_fetch_unlease_locked(s, blocks[i]);
 		om_move_unref(moves[i]);
 	}

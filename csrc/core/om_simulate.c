@@ -177,18 +177,15 @@ static int make_cache(struct run *r, uint64_t capacity, const char *policy)
 	int code;
 
 	if (!ops)
-		return om_err(
-			OM_EVALUE,
-			"no policy is named '%s'; there are lru, clock, s3fifo, sieve, adaptive "
-			"and belady",
-			policy);
+		return om_err(OM_EVALUE,
+		              "no policy is named '%s'; there are " OM_POLICY_NAMES ", and belady",
+		              policy);
 	code = om_policy_create(ops, capacity, &r->cache.policy);
 	code = code ? code : om_policy_grow(r->cache.policy, r->unique);
 	if (!code && future)
 		code = look_ahead((struct belady *)r->cache.policy, r);
 	r->cache.member = om_alloc(OM_MAX(r->unique, 1), 1);
 	r->cache.sizes = r->sizes;
-	r->cache.capacity = capacity;
 	return code || r->cache.member ? code : -ENOMEM;
 }
 

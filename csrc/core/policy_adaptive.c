@@ -142,13 +142,6 @@ static void elect(struct adaptive *a)
 	a->experts[a->leader].led++;
 }
 
-static void set_capacity(struct adaptive *a)
-{
-	for (int i = 0; i < OM_EXPERTS; i++)
-		a->experts[i].shadow.capacity = a->experts[i].shadow.policy->capacity =
-			a->base.capacity;
-}
-
 static void access(struct om_policy *p, uint32_t slot, uint64_t bytes, bool hit)
 {
 	struct adaptive *a = (struct adaptive *)p;
@@ -157,12 +150,13 @@ static void access(struct om_policy *p, uint32_t slot, uint64_t bytes, bool hit)
 	(void)hit;
 	if (!a->seen[slot])
 		a->sizes[slot] = bytes;
-	if (a->experts[0].shadow.capacity != p->capacity)
-		set_capacity(a);
 	for (int i = 0; i < OM_EXPERTS; i++) {
 		struct expert *e = &a->experts[i];
 		struct departure d = { a, e };
-		bool missed = !om_cache_request(&e->shadow, slot, shadow_evicted, &d);
+		bool missed;
+
+		e->shadow.policy->capacity = p->capacity;
+		missed = !om_cache_request(&e->shadow, slot, shadow_evicted, &d);
 
 		if (e->shadow.member[slot])
 			list(e, slot, false);
