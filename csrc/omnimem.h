@@ -27,6 +27,7 @@
 #define OM_MAX_NAME 1024
 
 struct om_store;
+struct om_block;
 struct om_lease;
 struct om_ticket;
 struct om_stream;
@@ -68,6 +69,23 @@ void om_store_unref(struct om_store *s); /* the last one closes */
  * somebody needs room. */
 int om_store_group(struct om_store *s, const char *group, uint64_t host_limit_bytes);
 
+/* What passed through a group: accesses, and copies that left HOST for a lower tier or came back. */
+struct om_traffic {
+	uint64_t hits, misses; /* accesses that found the bytes in HOST, or did not */
+	uint64_t outs, ins;    /* copies that left HOST, that came back */
+	uint64_t out_bytes, in_bytes; /* moved for them; nothing when the lower copy was still good */
+	uint64_t out_ns, in_ns;       /* from the decision until the bytes were proven; summed over copies */
+};
+struct om_group_stats {
+	uint64_t blocks, pinned, leases;
+	uint64_t swapped;    /* blocks whose only bytes lie below HOST, written there by the store */
+	uint64_t host_bytes, host_peak_bytes, disk_bytes; /* extents of their copies */
+	uint64_t issued, used; /* blocks fetched because they were foretold, and of those, used */
+	struct om_traffic traffic;
+	char trouble[OM_ERROR_TEXT]; /* why the last swapping out stopped early; "": it did not */
+};
+int om_store_group_stats(struct om_store *s, const char *group, struct om_group_stats *ret);
+
 /* Who goes first when a group has to give: "lru" (what groups begin with), "clock", "s3fifo", "sieve" or
  * "adaptive". What the former policy had learned is forgotten. OM_EVALUE: another one. */
 int om_store_policy(struct om_store *s, const char *group, const char *policy);
@@ -82,6 +100,10 @@ int om_store_add(struct om_store *s, const char *name, const char *group, const 
 int om_store_take(struct om_store *s, const char *name, const char *group, void *data,
                   uint64_t nbytes, const struct om_desc *desc, void (*release)(void *context),
                   void *context, uint64_t deadline_ns);
+/* A block of zeros that are made at its first access: until then it costs its record. The admission is
+ * that of om_store_add. */
+int om_store_add_zeros(struct om_store *s, const char *name, const char *group, uint64_t nbytes,
+                       const struct om_desc *desc);
 struct om_file_range {
 	const char *path;
 	uint64_t offset, nbytes;
@@ -142,12 +164,41 @@ int om_store_check(struct om_store *s);
 /* Runs `release` of foreign memory that is no longer needed, on this thread, no lock held. */
 void om_store_collect(struct om_store *s);
 
+/* The last things that happened to the blocks of a store, oldest first; the counters of om_traffic are
+ * their sums. */
+enum om_event_kind {
+	OM_EVENT_HIT,
+	OM_EVENT_MISS,
+	OM_EVENT_OUT,
+	OM_EVENT_IN,
+	OM_EVENT_PACKED_OUT, /* the encoded form of a block: its bytes and time count, the copy does not */
+	OM_EVENT_PACKED_IN,
+};
+struct om_event {
+	uint64_t at_ns; /* om_now() */
+	uint64_t took_ns, bytes;
+	enum om_event_kind kind;
+	char group[64];
+	char block[40]; /* the beginning of its name */
+};
+/* At most `count` events from number `from` on (0: the first one ever); *ret_next: the number after the
+ * last one returned. Those that were overwritten are left out: *ret_first is the first one's number. */
+int om_store_events(struct om_store *s, uint64_t from, struct om_event *ret, size_t count,
+                    size_t *ret_count, uint64_t *ret_first, uint64_t *ret_next);
+
 /* ---- leases ---- */
 
-/* Bring the bytes to HOST if they are not there, and hold them. `write` waits until nobody else
- * holds them, then drops the other copies and the origin. */
-int om_store_lease(struct om_store *s, const char *name, bool write, uint64_t deadline_ns,
-                   struct om_lease **ret);
+enum om_access {
+	OM_READ,  /* for reading, beside others */
+	OM_WRITE, /* alone: waits until nobody else holds the bytes, then drops the other copies and
+	           * the origin */
+	OM_SHARE, /* for reading and writing, beside others that do: it drops the origin; whether other
+	           * copies still hold the same bytes is found out when the memory is given up */
+};
+/* Bring the bytes to HOST if they are not there, and hold them. OM_EPACKED: they are there only as a
+ * face encoded them: see om_store_unpack. */
+int om_store_lease(struct om_store *s, const char *name, enum om_access access,
+                   uint64_t deadline_ns, struct om_lease **ret);
 /* As om_store_lease for reading, if the bytes are in HOST: never waits, does no work owed on them.
  * OM_EAGAIN (no error is set) when om_store_lease must decide. */
 int om_store_lease_now(struct om_store *s, const char *name, struct om_lease **ret);
@@ -165,6 +216,75 @@ void om_lease_view_ref(struct om_lease *l);
 void om_lease_view_unref(struct om_lease *l);
 /* Take what om_lease_unref pushed, if the store's lock is free; never waits. */
 void om_store_drain(struct om_store *s);
+
+/* ---- blocks by reference ---- */
+
+/* The record of a block, which stays as it is when the block is removed: every function below then
+ * returns OM_ENAME. Let go with om_block_unref. */
+int om_store_block(struct om_store *s, const char *name, struct om_block **ret);
+void om_block_ref(struct om_block *b);
+void om_block_unref(struct om_block *b); /* any thread */
+/* A place for the binding, NULL at first; the core never reads it. Its user serialises. */
+void **om_block_face(struct om_block *b);
+const char *om_block_name(const struct om_block *b);
+/* A lease at once released: bring the bytes to HOST, and count an access. They stay as long as nobody
+ * needs the room. *ret is a reference. */
+int om_store_access(struct om_store *s, const char *name, uint64_t deadline_ns,
+                    struct om_block **ret);
+/* The same if the bytes are in HOST, else OM_EAGAIN, with no error set; never waits. */
+int om_store_access_now(struct om_store *s, const char *name, struct om_block **ret);
+/* As om_store_lease. Counts as an access only if the bytes have to be brought in. */
+int om_block_lease_bytes(struct om_store *s, struct om_block *b, enum om_access access,
+                         uint64_t deadline_ns, struct om_lease **ret);
+/* A pinned block's bytes, once in HOST, are never chosen to go. `tag` is the caller's. */
+int om_block_mark(struct om_store *s, struct om_block *b, bool pinned, uint8_t tag);
+struct om_block_state {
+	uint64_t nbytes, created_ns, accessed_ns, accesses;
+	uint64_t data;        /* address of the bytes in HOST; 0: not there */
+	uint64_t disk_offset; /* in the swap file, where `on_disk` */
+	unsigned leases;
+	uint8_t tag;
+	bool named, pinned, swapped, on_disk;
+	bool blank; /* never accessed: no bytes yet */
+};
+/* Never fails: of a removed block it tells what is left. */
+void om_block_state(struct om_store *s, struct om_block *b, struct om_block_state *ret);
+/* The blocks of a group with the most accesses (`most`) or the fewest, at most `count`, in that order.
+ * Each *ret is a reference. Walks all blocks. */
+int om_store_ranked(struct om_store *s, const char *group, bool most, size_t count,
+                    struct om_block **ret, uint64_t *ret_accesses, size_t *ret_count);
+
+/* ---- swapping out ---- */
+
+struct om_swapped {
+	uint64_t blocks, bytes; /* that left HOST by this call */
+};
+/* Move idle blocks of a group out, as its policy says, until `bytes` of HOST are free, nothing more can
+ * go, or the disk refuses (see om_group_stats.trouble). One thread. om_swap_wait returns 0 when it is done
+ * and their memory is the system's again, but for a warm reserve; OM_EBUSY at the deadline: call again to
+ * go on. What is being written when om_swap_end is called goes on. */
+struct om_swap;
+int om_swap_begin(struct om_store *s, const char *group, uint64_t bytes, struct om_swap **ret);
+int om_swap_wait(struct om_swap *w, uint64_t deadline_ns);
+void om_swap_end(struct om_swap *w, struct om_swapped *ret);
+/* Give memory that no block uses back to the system, but for `reserve` bytes that stay populated. */
+int om_store_trim(struct om_store *s, uint64_t reserve_bytes);
+/* Another limit of the swap file; and another directory (NULL: as it is), OM_EVALUE once there is a
+ * file. */
+int om_store_disk(struct om_store *s, const char *directory, uint64_t limit_bytes);
+
+/* Blocks that a face encodes (the core calls nobody). The victim that the policy would choose, leased
+ * for reading; OM_EAGAIN (no error set): there is none. */
+int om_store_victim(struct om_store *s, const char *group, struct om_lease **ret);
+/* `data` is what the leased bytes were encoded to: it replaces all other copies but the one in HOST, and is
+ * on its way to DISK. `codec` is the caller's number of who encoded. OM_EBUSY: others lease the bytes. */
+int om_lease_pack(struct om_lease *l, const void *data, uint64_t nbytes, uint8_t codec);
+/* The encoded form of a block whose only bytes it is; OM_EAGAIN (no error set): it is not. */
+int om_block_lease_packed(struct om_store *s, struct om_block *b, uint64_t deadline_ns,
+                          struct om_lease **ret, uint8_t *ret_codec);
+/* `data` is what that was decoded to. OM_ECORRUPT when it is not what was encoded: nothing is lost. */
+int om_block_unpack(struct om_store *s, struct om_block *b, const void *data, uint64_t nbytes,
+                    uint64_t deadline_ns);
 
 /* ---- tickets ---- */
 

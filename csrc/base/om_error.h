@@ -24,7 +24,8 @@
 	X(OM_EVALUE, -4103, "bad value", "ValueError")                          \
 	X(OM_ETIMEOUT, -4104, "deadline passed", "BusyError")                   \
 	X(OM_ECANCELED, -4105, "canceled", "Error")                             \
-	X(OM_EAGAIN, -4106, "not yet", "Error")
+	X(OM_EAGAIN, -4106, "not yet", "Error")                                 \
+	X(OM_EPACKED, -4107, "encoded", "Error")
 
 #define OM_ERROR_ENUM(sym, code, text, pyclass) sym = (code),
 enum om_error_code { OM_ERROR_TABLE(OM_ERROR_ENUM) };

@@ -20,7 +20,7 @@ static int check_name(const char *name)
 
 /* A record on the store's list, without a name yet. */
 static int begin_block_locked(struct om_store *s, const char *name, const char *group,
-                              uint64_t nbytes, const struct om_desc *desc, struct om_block **ret)
+                              uint64_t nbytes, struct om_block **ret)
 {
 	struct om_group *g;
 	int code = check_name(name);
@@ -32,18 +32,11 @@ static int begin_block_locked(struct om_store *s, const char *name, const char *
 	g = om_store_find_group_locked(s, group);
 	if (!g)
 		return om_err_last()->code;
-	code = om_block_create(name, nbytes, g, desc, ret);
-	if (!code)
-		om_list_push_tail(&s->blocks, &(*ret)->all);
-	return code;
-}
-
-/* Off the store's list, without a name or a copy: the record goes with its last reference. */
-static void end_block_locked(struct om_block *b)
-{
-	om_list_del(&b->all);
-	om_group_leave(b->group, b);
-	om_block_unref(b);
+	code = om_block_create(name, nbytes, g, ret);
+	if (code)
+		return code;
+	om_list_push_tail(&s->blocks, &(*ret)->all);
+	return 0;
 }
 
 static int name_block_locked(struct om_store *s, struct om_block *b)
@@ -76,7 +69,7 @@ static int add_bytes_locked(struct om_store *s, struct om_block *b, const void *
 	s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
 	om_mutex_unlock(&s->lock);
 	if (b->nbytes)
-		memcpy(b->data, data, b->nbytes);
+		memcpy(b->body->data, data, b->nbytes);
 	om_mutex_lock(&s->lock);
 	code = s->closing ? om_err(OM_ECLOSED, "the store was closed meanwhile")
 	                  : name_block_locked(s, b);
@@ -117,10 +110,12 @@ static int add_sole(struct om_store *s, const char *name, const char *group, con
 
 	if (code)
 		return code;
-	code = begin_block_locked(s, name, group, nbytes, desc, &b);
+	code = begin_block_locked(s, name, group, nbytes, &b);
 	if (code)
 		return om_store_leave(s, code);
-	code = om_room_admit_locked(s, name, nbytes);
+	code = om_block_wake(b, desc);
+	if (!code)
+		code = om_room_admit_locked(s, name, nbytes);
 	if (!code) {
 		s->adding++; /* close waits for us */
 		om_block_access(b);
@@ -133,10 +128,38 @@ static int add_sole(struct om_store *s, const char *name, const char *group, con
 	if (code) {
 		struct om_error error = *om_err_last();
 
-		end_block_locked(b);
+		om_block_retire(b);
 		om_err_set(&error);
 	}
 	om_store_changed_locked(s);
+	return om_store_leave(s, code);
+}
+
+int om_store_add_zeros(struct om_store *s, const char *name, const char *group, uint64_t nbytes,
+                       const struct om_desc *desc)
+{
+	struct om_block *b;
+	int code = om_store_enter(s);
+
+	if (code)
+		return code;
+	code = begin_block_locked(s, name, group, nbytes, &b);
+	if (code)
+		return om_store_leave(s, code);
+	code = desc ? om_block_wake(b, desc) : 0;
+	if (!code)
+		code = om_room_admit_locked(s, name, nbytes);
+	if (!code) {
+		code = om_table_insert(&s->table, b);
+		if (code)
+			om_room_unadmit_locked(s, nbytes);
+	}
+	if (code) {
+		struct om_error error = *om_err_last();
+
+		om_block_retire(b);
+		om_err_set(&error);
+	}
 	return om_store_leave(s, code);
 }
 
@@ -216,9 +239,9 @@ int om_store_open_file(struct om_store *s, const char *path, struct om_file **re
 	for (struct om_list *at = s->blocks.prev; at != &s->blocks && !found; at = at->prev) {
 		struct om_block *b = om_container_of(at, struct om_block, all);
 
-		for (size_t i = 0; i < b->range_count && !found; i++)
-			if (!strcmp(b->ranges[i].file->path, path))
-				found = b->ranges[i].file;
+		for (size_t i = 0; b->body && i < b->body->range_count && !found; i++)
+			if (!strcmp(b->body->ranges[i].file->path, path))
+				found = b->body->ranges[i].file;
 	}
 	if (found)
 		om_file_ref(found);
@@ -251,14 +274,16 @@ int om_store_add_file(struct om_store *s, const char *name, const char *group,
 		return code;
 	om_mutex_lock(&s->lock);
 	code = s->closing ? om_err(OM_ECLOSED, "the store is closed")
-	                  : begin_block_locked(s, name, group, nbytes, desc, &b);
+	                  : begin_block_locked(s, name, group, nbytes, &b);
 	if (!code) {
-		code = om_table_insert(&s->table, b);
+		code = om_block_wake(b, desc);
+		code = code ? code : om_table_insert(&s->table, b);
 		if (code) {
-			end_block_locked(b);
+			om_block_retire(b);
 		} else {
-			b->ranges = opened;
-			b->range_count = opened_count;
+			b->blank = false;
+			b->body->ranges = opened;
+			b->body->range_count = opened_count;
 		}
 	}
 	om_mutex_unlock(&s->lock);
@@ -274,15 +299,18 @@ int om_store_add_file(struct om_store *s, const char *name, const char *group,
 
 void om_store_reap_locked(struct om_store *s, struct om_block *b)
 {
-	if (b->named || b->leases || b->move || b->holds || om_list_empty(&b->all) ||
-	    b->host == OM_COPY_FILLING)
+	if (b->named || b->leases || om_list_empty(&b->all) || b->host == OM_COPY_FILLING ||
+	    (b->body && (b->body->move || b->body->holds)))
 		return;
-	if (b->host != OM_COPY_NONE)
-		om_block_host_drop(b, &s->pool);
-	om_block_disk_drop(b, &s->disk);
-	if (!b->ranges)
+	if (b->body) {
+		if (b->host != OM_COPY_NONE)
+			om_block_host_drop(b, &s->pool);
+		om_block_disk_drop(b, &s->disk);
+		om_pack_drop_locked(s, b);
+	}
+	if (!om_block_has_origin(b) && !b->inner)
 		om_room_unadmit_locked(s, b->nbytes);
-	end_block_locked(b);
+	om_block_retire(b);
 }
 
 int om_store_remove(struct om_store *s, const char *name)

@@ -6,34 +6,60 @@
 #include <string.h>
 
 int om_block_create(const char *name, uint64_t nbytes, struct om_group *group,
-                    const struct om_desc *desc, struct om_block **ret)
+                    struct om_block **ret)
 {
-	struct om_block *b = om_alloc(1, sizeof(*b));
+	size_t size = strlen(name) + 1;
+	struct om_block *b = om_alloc(1, sizeof(*b) + size);
 
 	if (!b)
 		return -ENOMEM;
-	b->name = om_strdup(name);
-	if (!b->name) {
-		om_free(b);
-		return -ENOMEM;
-	}
-	if (om_group_join(group, b)) {
-		om_free(b->name);
-		om_free(b);
-		return -ENOMEM;
-	}
+	memcpy(b->name, name, size);
 	b->refs = 1;
 	b->nbytes = nbytes;
-	b->align = OM_BLOCK_ALIGN;
-	if (desc)
-		b->desc = *desc;
-	else
-		b->desc.ndim = -1;
+	b->slot = OM_NIL;
+	b->group = group;
+	b->blank = true;
+	b->created_ns = b->accessed_ns = om_now();
+	b->accesses = 1;
 	om_list_init(&b->all);
-	om_list_init(&b->ahead);
-	om_list_init(&b->holders);
+	group->blocks++;
 	*ret = b;
 	return 0;
+}
+
+int om_block_wake(struct om_block *b, const struct om_desc *desc)
+{
+	struct om_body *body = b->body;
+
+	if (om_likely(body))
+		return 0;
+	body = om_alloc(1, sizeof(*body));
+	if (!body)
+		return -ENOMEM;
+	if (om_group_join(b->group, b)) {
+		om_free(body);
+		return -ENOMEM;
+	}
+	body->block = b;
+	body->align = OM_BLOCK_ALIGN;
+	if (desc)
+		body->desc = *desc;
+	else
+		body->desc.ndim = -1;
+	om_list_init(&body->ahead);
+	om_list_init(&body->holders);
+	b->body = body;
+	return 0;
+}
+
+void om_block_retire(struct om_block *b)
+{
+	om_list_del(&b->all);
+	b->group->blocks -= !b->inner;
+	b->group->pinned -= b->pinned;
+	if (b->slot != OM_NIL)
+		om_group_leave(b->group, b);
+	om_block_unref(b);
 }
 
 void om_block_ref(struct om_block *b)
@@ -43,13 +69,18 @@ void om_block_ref(struct om_block *b)
 
 void om_block_unref(struct om_block *b)
 {
-	if (__atomic_sub_fetch(&b->refs, 1, __ATOMIC_ACQ_REL))
+	struct om_body *body;
+
+	if (!b || __atomic_sub_fetch(&b->refs, 1, __ATOMIC_ACQ_REL))
 		return;
-	for (size_t i = 0; i < b->range_count; i++)
-		om_file_unref(b->ranges[i].file);
-	om_free(b->ranges);
-	om_free(b->disk_copy.runs);
-	om_free(b->name);
+	body = b->body;
+	for (size_t i = 0; body && i < body->range_count; i++)
+		om_file_unref(body->ranges[i].file);
+	if (body) {
+		om_free(body->ranges);
+		om_free(body->disk_copy.runs);
+	}
+	om_free(body);
 	om_free(b);
 }
 
@@ -57,13 +88,13 @@ uint64_t om_block_host_bytes(const struct om_block *b)
 {
 	uint64_t bytes = 0;
 
-	for (size_t i = 0; i < b->range_count; i++) {
-		uint64_t first = om_down(b->ranges[i].offset, OM_PAGE);
+	for (size_t i = 0; b->body && i < b->body->range_count; i++) {
+		uint64_t first = om_down(b->body->ranges[i].offset, OM_PAGE);
 
-		bytes += om_up(b->ranges[i].offset + b->ranges[i].nbytes, OM_PAGE) - first;
+		bytes += om_up(b->body->ranges[i].offset + b->body->ranges[i].nbytes, OM_PAGE) - first;
 	}
-	if (!b->ranges)
-		bytes = om_up(b->nbytes + b->disk_copy.head, OM_PAGE);
+	if (!om_block_has_origin(b))
+		bytes = om_up(b->nbytes + (b->body ? b->body->disk_copy.head : 0), OM_PAGE);
 	return OM_MAX(bytes, OM_PAGE);
 }
 
@@ -73,20 +104,32 @@ static void count_host(struct om_block *b, int64_t bytes)
 
 	g->used_bytes += (uint64_t)bytes;
 	g->peak_bytes = OM_MAX(g->peak_bytes, g->used_bytes);
+	if (!g->limit_bytes && g->used_bytes > g->policy->capacity)
+		g->policy->capacity = g->used_bytes;
 }
 
-static bool is_idle(const struct om_block *b)
+/* What a change of state, leases or pin may change in the group's counts. */
+struct counts {
+	bool idle, swapped;
+};
+
+static struct counts counts_of(const struct om_block *b)
 {
-	return b->host == OM_COPY_VALID && !b->leases;
+	return (struct counts){ b->host == OM_COPY_VALID && !b->leases && !b->pinned,
+		                om_block_swapped(b) };
 }
 
-/* State or leases were changed: keep the list of what is fetched ahead, and the number of idle ones. */
-static void relist(struct om_block *b, bool was_idle)
+/* Keep the group's counts, and its list of what is fetched ahead. */
+static void recount(struct om_block *b, struct counts was)
 {
-	om_list_del(&b->ahead);
+	struct counts now = counts_of(b);
+	struct om_group *g = b->group;
+
+	om_list_del(&b->body->ahead);
 	if (b->host == OM_COPY_FILLING && !b->leases)
-		om_list_push_tail(&b->group->ahead, &b->ahead);
-	b->group->idle += (uint64_t)is_idle(b) - (uint64_t)was_idle;
+		om_list_push_tail(&g->ahead, &b->body->ahead);
+	g->idle += (uint64_t)now.idle - (uint64_t)was.idle;
+	g->swapped += (uint64_t)now.swapped - (uint64_t)was.swapped;
 }
 
 void om_block_access(struct om_block *b)
@@ -105,50 +148,57 @@ static void become_member(struct om_block *b)
 
 void om_block_fill_begin(struct om_block *b, struct om_extent mem)
 {
+	struct counts was = counts_of(b);
+
 	assert(b->host == OM_COPY_NONE && !b->leases);
 	b->host = OM_COPY_FILLING;
-	b->mem = mem;
-	b->data = mem.ptr;
+	b->body->mem = mem;
+	b->body->data = mem.ptr;
 	count_host(b, (int64_t)mem.bytes);
 	become_member(b);
-	relist(b, false);
+	recount(b, was);
 }
 
 void om_block_fill_end(struct om_block *b)
 {
+	struct counts was = counts_of(b);
+
 	assert(b->host == OM_COPY_FILLING);
 	b->host = OM_COPY_VALID;
-	relist(b, false);
+	b->blank = false;
+	recount(b, was);
 }
 
 /* Bytes that the HOST copy takes from the limits. */
 static uint64_t taken(const struct om_block *b)
 {
-	return b->foreign ? om_up(OM_MAX(b->nbytes, 1), OM_PAGE) : b->mem.bytes;
+	return b->body->foreign ? om_up(OM_MAX(b->nbytes, 1), OM_PAGE) : b->body->mem.bytes;
 }
 
 static void free_host(struct om_block *b, struct om_pool *p, bool evicted)
 {
+	struct counts was = counts_of(b);
 	struct om_policy *policy = b->group->policy;
+	struct om_body *body = b->body;
 	uint64_t bytes = taken(b);
-	bool was_idle = is_idle(b);
 
 	count_host(b, -(int64_t)bytes);
-	if (b->foreign) {
+	if (body->foreign) {
 		p->limit_bytes += bytes;
-		om_foreign_unref(b->foreign);
-		b->foreign = NULL;
+		b->group->foreign_bytes -= bytes;
+		om_foreign_unref(body->foreign);
+		body->foreign = NULL;
 	} else {
-		om_pool_free(p, &b->mem);
+		om_pool_free(p, &body->mem);
 	}
 	if (b->host == OM_COPY_LEAVING)
 		b->group->leaving_bytes -= bytes;
-	b->data = NULL;
+	body->data = NULL;
 	b->host = OM_COPY_NONE;
-	b->unused = false;
+	body->unused = body->guessed = body->touched = false;
 	b->counted = 0;
 	policy->ops->drop(policy, b->slot, evicted);
-	relist(b, was_idle);
+	recount(b, was);
 }
 
 void om_block_fill_fail(struct om_block *b, struct om_pool *p)
@@ -159,18 +209,22 @@ void om_block_fill_fail(struct om_block *b, struct om_pool *p)
 
 void om_block_leave_begin(struct om_block *b)
 {
+	struct counts was = counts_of(b);
+
 	assert(b->host == OM_COPY_VALID && !b->leases);
 	b->host = OM_COPY_LEAVING;
-	relist(b, true);
 	b->group->leaving_bytes += taken(b);
+	recount(b, was);
 }
 
 void om_block_leave_rescue(struct om_block *b)
 {
+	struct counts was = counts_of(b);
+
 	assert(b->host == OM_COPY_LEAVING);
 	b->host = OM_COPY_VALID;
 	b->group->leaving_bytes -= taken(b);
-	relist(b, false);
+	recount(b, was);
 }
 
 void om_block_host_drop(struct om_block *b, struct om_pool *p)
@@ -181,63 +235,111 @@ void om_block_host_drop(struct om_block *b, struct om_pool *p)
 
 void om_block_adopt(struct om_block *b, struct om_pool *p, struct om_foreign *foreign)
 {
+	struct counts was = counts_of(b);
+
 	assert(b->host == OM_COPY_NONE);
 	b->host = OM_COPY_VALID;
-	b->foreign = foreign;
-	b->data = foreign->data;
+	b->blank = false;
+	b->body->foreign = foreign;
+	b->body->data = foreign->data;
 	p->limit_bytes -= taken(b);
+	b->group->foreign_bytes += taken(b);
 	count_host(b, (int64_t)taken(b));
 	become_member(b);
-	relist(b, false);
+	recount(b, was);
+}
+
+static uint64_t disk_bytes(const struct om_block *b)
+{
+	uint64_t bytes = 0;
+
+	for (size_t i = 0; i < b->body->disk_copy.count; i++)
+		bytes += b->body->disk_copy.runs[i].bytes;
+	return bytes;
 }
 
 void om_block_disk_begin(struct om_block *b)
 {
 	assert(b->disk == OM_COPY_NONE);
 	b->disk = OM_COPY_FILLING;
+	b->group->disk_bytes += disk_bytes(b);
 }
 
 void om_block_disk_end(struct om_block *b)
 {
+	struct counts was = counts_of(b);
+
 	assert(b->disk == OM_COPY_FILLING);
 	b->disk = OM_COPY_VALID;
+	recount(b, was);
 }
 
 void om_block_disk_drop(struct om_block *b, struct om_disk *d)
 {
+	struct counts was = counts_of(b);
+
 	if (b->disk == OM_COPY_NONE)
 		return;
 	b->disk = OM_COPY_NONE;
-	om_disk_free(d, &b->disk_copy);
+	b->group->disk_bytes -= disk_bytes(b);
+	om_disk_free(d, &b->body->disk_copy);
+	recount(b, was);
+}
+
+struct om_block *om_block_set_packed(struct om_block *b, struct om_block *packed)
+{
+	struct counts was = counts_of(b);
+	struct om_block *former = b->body->packed;
+
+	b->body->packed = packed;
+	recount(b, was);
+	return former;
 }
 
 void om_block_lease(struct om_block *b)
 {
+	struct counts was = counts_of(b);
+
 	assert(b->host == OM_COPY_VALID || b->host == OM_COPY_FILLING);
 	b->leases++;
-	relist(b, b->host == OM_COPY_VALID && b->leases == 1);
+	b->group->leases++;
+	recount(b, was);
 }
 
 void om_block_unlease(struct om_block *b)
 {
+	struct counts was = counts_of(b);
+
 	assert(b->leases);
 	b->leases--;
-	relist(b, false);
+	b->group->leases--;
+	recount(b, was);
 }
 
 void om_block_lose_leases(struct om_block *b)
 {
+	b->group->leases -= b->leases;
 	b->leases = 0;
+}
+
+void om_block_pin(struct om_block *b, bool pinned)
+{
+	struct counts was = counts_of(b);
+
+	b->group->pinned += (uint64_t)pinned - (uint64_t)b->pinned;
+	b->pinned = pinned;
+	if (b->body)
+		recount(b, was);
 }
 
 void om_block_forget_origin(struct om_block *b)
 {
-	for (size_t i = 0; i < b->range_count; i++)
-		om_file_unref(b->ranges[i].file);
-	om_free(b->ranges);
-	b->ranges = NULL;
-	b->range_count = 0;
-	b->hash_known = false;
+	for (size_t i = 0; i < b->body->range_count; i++)
+		om_file_unref(b->body->ranges[i].file);
+	om_free(b->body->ranges);
+	b->body->ranges = NULL;
+	b->body->range_count = 0;
+	b->body->hash_known = false;
 }
 
 /* Foreign memory whose last user is gone waits here for a binding thread. */

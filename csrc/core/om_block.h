@@ -40,50 +40,82 @@ struct om_range { /* one extent of an origin */
 	uint64_t offset, nbytes;
 };
 
-struct om_block {
-	unsigned refs; /* atomic: the store, and each lease; outlives name and store */
-	char *name;
-	uint64_t name_hash, nbytes;
+/* What a block needs besides once it has bytes, or is to get some. Made at its first access, so that
+ * a block that was only registered costs its record and its name. */
+struct om_body {
+	struct om_block *block;
 	struct om_desc desc;
-	struct om_block *chain; /* table */
-	struct om_list all;     /* store->blocks, in the order of adding */
-	struct om_list ahead;   /* group->ahead: FILLING and not leased */
-	struct om_group *group;
-	uint32_t slot; /* its seat there */
-	bool named;    /* in the table */
-
+	struct om_list ahead;    /* group->ahead: FILLING and not leased */
 	struct om_range *ranges; /* the origin; NULL: none */
 	size_t range_count;
 
-	enum om_copy_state host, disk;
 	struct om_extent mem;       /* HOST bytes; no segment when foreign */
 	struct om_foreign *foreign; /* HOST bytes of somebody else */
-	uint8_t *data;  /* first byte, inside mem or foreign; valid unless host is NONE */
+	uint8_t *data;              /* first byte, inside mem or foreign; valid unless host is NONE */
 	uint32_t align; /* what a fill leaves where it was read, if that is so aligned */
-	unsigned leases;
-	unsigned holds;         /* threads that hash the bytes without the lock */
-	unsigned views;         /* atomic: references that foreign consumers hold */
-	bool writer;            /* the one lease is a write lease */
+	unsigned holds; /* threads that hash the bytes without the lock */
+	unsigned views; /* atomic: references that foreign consumers hold */
 	struct om_list holders; /* struct om_lease */
 	struct om_disk_copy disk_copy;
-	struct om_move *move; /* under way for this block, or NULL */
+	struct om_block *packed; /* the bytes as a face encoded them: a block of its own, `inner` */
+	struct om_move *move;    /* under way for this block, or NULL */
 
-	uint64_t hash;             /* XXH3-64 of the bytes of origin or disk copy */
+	uint64_t hash;             /* XXH3-64 of the bytes of origin, disk copy or packed form */
 	bool hash_known, verified; /* verified: compared at least once */
-	bool unused;               /* HOST was fetched ahead and nobody has leased it since */
-	unsigned counted; /* leases counted already: left at their deadline, they come again */
+	bool writer;               /* the one lease is a write lease */
+	bool touched; /* HOST was leased for sharing: it may differ from what lies below */
+	bool unused;  /* HOST was fetched ahead and nobody has leased it since */
+	bool guessed; /* of these: foretold, not asked for */
+	uint8_t codec; /* of `packed`: the face's number of who encoded it */
 };
 
+struct om_block {
+	unsigned refs; /* atomic: the store, and each lease; outlives name and store */
+	uint32_t slot; /* its seat in the group; OM_NIL: not accessed yet */
+	unsigned leases;
+	unsigned counted; /* leases counted already: left at their deadline, they come again */
+	uint64_t name_hash, nbytes;
+	struct om_block *chain; /* table */
+	struct om_list all;     /* store->blocks, in the order of adding */
+	struct om_group *group;
+	struct om_body *body; /* NULL: never accessed, there are no bytes */
+	void *face;           /* of the binding, which guards it */
+	uint64_t created_ns, accessed_ns;
+	uint32_t accesses;
+	enum om_copy_state host : 8, disk : 8;
+	uint8_t tag; /* of the face */
+	bool named : 1;  /* in the table; of an inner block: its owner keeps it */
+	bool inner : 1;  /* the packed form of another block, whose name it has */
+	bool blank : 1;  /* never had bytes: they will be zeros */
+	bool pinned : 1; /* its HOST copy is never chosen to go */
+	char name[];
+};
+
+/* A blank record; it has no seat and no body yet. */
 int om_block_create(const char *name, uint64_t nbytes, struct om_group *group,
-                    const struct om_desc *desc, struct om_block **ret);
-void om_block_ref(struct om_block *b);
-void om_block_unref(struct om_block *b); /* frees the record; all copies are gone by then */
+                    struct om_block **ret);
+/* Body and seat, before anything else but the record is used. Idempotent. -ENOMEM leaves it as it was. */
+int om_block_wake(struct om_block *b, const struct om_desc *desc);
+/* Gives its seat up; the record goes with its last reference. */
+void om_block_retire(struct om_block *b);
 
 /* HOST bytes that a copy takes: each range in its own aligned superset; whole pages, at least one. */
 uint64_t om_block_host_bytes(const struct om_block *b);
+static inline bool om_block_has_origin(const struct om_block *b)
+{
+	return b->body && b->body->ranges;
+}
+/* May the HOST copy be dropped, since the same bytes lie below it? */
 static inline bool om_block_clean(const struct om_block *b)
 {
-	return b->ranges || b->disk == OM_COPY_VALID;
+	return b->body->ranges ||
+	       ((b->disk == OM_COPY_VALID || b->body->packed) && !b->body->touched);
+}
+/* Swapped: the only bytes lie below HOST, written there by the store. */
+static inline bool om_block_swapped(const struct om_block *b)
+{
+	return b->host != OM_COPY_VALID && b->host != OM_COPY_LEAVING && b->body && !b->inner &&
+	       (b->disk == OM_COPY_VALID || b->body->packed);
 }
 
 /* The transitions. Each asserts the state that it starts from. */
@@ -105,8 +137,12 @@ void om_block_lease(struct om_block *b);
 void om_block_unlease(struct om_block *b);
 /* The fill that all leases wait for has failed: it takes them with it. */
 void om_block_lose_leases(struct om_block *b);
+/* Its HOST copy is never chosen to go, or may be again. */
+void om_block_pin(struct om_block *b, bool pinned);
 /* Forget the origin: the bytes in HOST are now the only ones. */
 void om_block_forget_origin(struct om_block *b);
+/* The packed form, which the block keeps from now on (NULL: none any more); returns the former. */
+struct om_block *om_block_set_packed(struct om_block *b, struct om_block *packed);
 
 void om_foreign_unref(struct om_foreign *f); /* any thread; the last one queues the release */
 void om_foreign_collect(void);               /* runs queued releases on this thread */

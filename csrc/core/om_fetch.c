@@ -10,6 +10,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "core/om_store_int.h"
 
@@ -17,7 +18,9 @@
 
 static bool hash_wanted(const struct om_store *s, const struct om_block *b)
 {
-	return !b->hash_known || s->verify == OM_VERIFY_ALWAYS || !b->verified;
+	if (b->blank)
+		return false;
+	return !b->body->hash_known || s->verify == OM_VERIFY_ALWAYS || !b->body->verified;
 }
 
 uint64_t om_fetch_missing_bytes(struct om_block *const *blocks, size_t count)
@@ -63,7 +66,7 @@ static int start_one_locked(struct om_store *s, struct om_block *b, enum om_move
 	m->want_hash = hash_wanted(s, b);
 	m->ahead = m->speculative = priority == OM_PREFETCH;
 	s->counters.prefetches += m->speculative;
-	b->move = m;
+	b->body->move = m;
 	s->moves++;
 	om_mover_queue_locked(s, m);
 	return 0;
@@ -119,7 +122,7 @@ static void settle_locked(struct om_store *s, struct om_move *m)
 	struct om_block *b = m->block;
 
 	m->settled = true;
-	b->move = NULL;
+	b->body->move = NULL;
 	s->moves--;
 	om_store_changed_locked(s);
 	om_store_reap_locked(s, b);
@@ -149,12 +152,18 @@ static void land_spill_locked(struct om_store *s, struct om_move *m)
 			om_block_leave_rescue(b);
 	} else {
 		om_block_disk_end(b);
-		b->hash = m->hash;
-		b->hash_known = true;
-		b->verified = false;
+		b->body->hash = m->hash;
+		b->body->hash_known = true;
+		b->body->verified = false;
 		s->counters.writes++;
-		if (b->host == OM_COPY_LEAVING)
+		if (b->body->touched) { /* rescued, and maybe written to while it was being read */
+			om_block_disk_drop(b, &s->disk);
+			if (b->host == OM_COPY_LEAVING)
+				om_block_leave_rescue(b);
+		} else if (b->host == OM_COPY_LEAVING) {
+			om_traffic_note_locked(s, b, OM_EVENT_OUT, m->bytes, m->began_ns);
 			om_block_host_drop(b, &s->pool);
+		}
 	}
 	settle_locked(s, m);
 }
@@ -218,7 +227,7 @@ void om_fetch_landed_locked(struct om_store *s, struct om_move *m)
 
 void om_fetch_cancel_locked(struct om_store *s, struct om_block *b)
 {
-	struct om_move *m = b->move;
+	struct om_move *m = b->body ? b->body->move : NULL;
 
 	if (!m || m->kind != OM_MOVE_FILL || m->canceled || b->leases)
 		return;
@@ -241,7 +250,7 @@ static void prove_locked(struct om_store *s, struct om_move *m, int files_code, 
 	}
 	if (m->want_hash) {
 		s->counters.verified_bytes += b->nbytes;
-		if (b->hash_known && b->hash != digest) {
+		if (b->body->hash_known && b->body->hash != digest) {
 			s->counters.corrupt++;
 			if (!m->attempt++) {
 				s->counters.rereads++;
@@ -253,19 +262,21 @@ static void prove_locked(struct om_store *s, struct om_move *m, int files_code, 
 			       "stored %016llx); the file or the disk is damaged",
 			       b->name, (unsigned long long)b->nbytes,
 			       m->piece_count ? m->pieces[0].file->path : "nowhere",
-			       (unsigned long long)digest, (unsigned long long)b->hash);
+			       (unsigned long long)digest, (unsigned long long)b->body->hash);
 			if (m->piece_count)
 				om_err_file(m->pieces[0].file->path);
 			om_move_fail(m);
 			fail_fill_locked(s, m);
 			return;
 		}
-		b->verified = b->hash_known;
-		b->hash_known = true;
-		b->hash = digest;
+		b->body->verified = b->body->hash_known;
+		b->body->hash_known = true;
+		b->body->hash = digest;
 	}
+	if (!m->zeros)
+		om_traffic_note_locked(s, b, OM_EVENT_IN, m->bytes, m->began_ns);
 	om_block_fill_end(b);
-	b->unused = m->speculative;
+	b->body->unused = m->speculative;
 	s->counters.fills++;
 	settle_locked(s, m);
 }
@@ -295,6 +306,8 @@ bool om_fetch_work_locked(struct om_store *s, struct om_move *m)
 	if (behind) {
 		om_move_take(m, &to);
 	} else {
+		if (m->zeros)
+			memset(m->block->body->data, 0, m->block->nbytes);
 		code = om_move_check_files(m);
 		digest = om_move_digest(m);
 	}
@@ -354,8 +367,12 @@ static int survey_locked(struct om_store *s, struct om_block *const *blocks, siz
 
 		if (!b->named)
 			code = om_err(OM_ENAME, "block '%s' was removed", b->name);
-		else if (b->writer || (b->host == OM_COPY_FILLING && b->move->canceled))
+		else if (b->body->writer || (b->host == OM_COPY_FILLING && b->body->move->canceled))
 			code = OM_EAGAIN;
+		else if (b->host == OM_COPY_NONE && b->body->packed)
+			code = om_err(OM_EPACKED,
+			              "block '%s' is kept encoded: ask the face that encoded it",
+			              b->name);
 		else if (b->host == OM_COPY_NONE)
 			*ret_need += om_block_host_bytes(b);
 	}
@@ -368,10 +385,10 @@ static int unsettled_error(struct om_block *const *blocks, size_t count)
 	for (size_t i = 0; i < count; i++) {
 		const struct om_block *b = blocks[i];
 
-		if (!b->writer && b->host != OM_COPY_FILLING)
+		if (!b->body->writer && b->host != OM_COPY_FILLING)
 			continue;
 		om_err(OM_EBUSY, "block '%s': %s at the deadline", b->name,
-		       b->writer ? "leased for writing" : "a canceled fill is still in flight");
+		       b->body->writer ? "leased for writing" : "a canceled fill is still in flight");
 		snprintf(om_err_last()->holders, OM_ERROR_HOLDERS, "%s", b->name);
 		return OM_EBUSY;
 	}
@@ -413,15 +430,23 @@ static void count_lease_locked(struct om_store *s, struct om_block *b, struct om
 	bool again = b->counted > 0;
 
 	b->counted -= again;
+	if (!again)
+		om_traffic_note_locked(s, b, m ? OM_EVENT_MISS : OM_EVENT_HIT, 0, 0);
 	if (m) {
 		s->counters.misses += !again;
 		s->counters.prefetch_hits += m->speculative;
 		m->speculative = false;
 	} else {
 		s->counters.hits += !again;
-		s->counters.prefetch_hits += b->unused;
-		b->unused = false;
+		s->counters.prefetch_hits += b->body->unused;
+		b->body->unused = false;
 	}
+}
+
+void om_fetch_hit_locked(struct om_store *s, struct om_block *b)
+{
+	om_block_access(b);
+	count_lease_locked(s, b, NULL);
 }
 
 /* Has the fill failed, and taken the leases along? */
@@ -438,6 +463,11 @@ static int try_lease_locked(struct om_store *s, struct om_block *const *blocks, 
 	int code;
 
 	*ret_again = false;
+	for (size_t i = 0; i < count; i++) {
+		code = om_block_wake(blocks[i], NULL);
+		if (code)
+			return code;
+	}
 	for (size_t i = 0; i < count; i++)
 		if (!blocks[i]->counted) /* else it comes again */
 			om_block_access(blocks[i]);
@@ -450,7 +480,7 @@ static int try_lease_locked(struct om_store *s, struct om_block *const *blocks, 
 		if (b->host == OM_COPY_LEAVING)
 			om_block_leave_rescue(b);
 		om_block_lease(b);
-		moves[i] = b->host == OM_COPY_FILLING ? b->move : NULL;
+		moves[i] = b->host == OM_COPY_FILLING ? b->body->move : NULL;
 		count_lease_locked(s, b, moves[i]);
 		if (!moves[i])
 			continue;

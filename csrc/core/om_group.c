@@ -55,7 +55,6 @@ int om_group_join(struct om_group *g, struct om_block *b)
 	if (code)
 		return code;
 	b->slot = g->vacant[--g->vacant_count];
-	b->group = g;
 	g->seats[b->slot] = b;
 	return 0;
 }
@@ -105,7 +104,8 @@ static bool may_go(void *arg, uint32_t slot)
 	const struct choice *c = arg;
 	const struct om_block *b = c->group->seats[slot];
 
-	return b->host == OM_COPY_VALID && !b->leases && !b->holds && c->may(c->arg, b);
+	return b->host == OM_COPY_VALID && !b->leases && !b->pinned && !b->body->holds &&
+	       c->may(c->arg, b);
 }
 
 struct om_block *om_group_victim(struct om_group *g,

@@ -22,13 +22,21 @@ struct om_group {
 		peak_bytes;     /* HOST extents of its blocks, FILLING and LEAVING included */
 	uint64_t leaving_bytes; /* of those, LEAVING */
 	uint64_t read_bytes;
-	uint64_t idle; /* copies that are VALID and not leased: nothing can be chosen without */
+	uint64_t disk_bytes;    /* runs of the swap file that its blocks hold */
+	uint64_t foreign_bytes; /* HOST bytes of somebody else */
+	uint64_t blocks, leases, pinned;
+	uint64_t swapped; /* blocks whose only bytes lie below HOST */
+	uint64_t idle;    /* copies that may be chosen to go: VALID, neither leased nor pinned */
+	struct om_traffic traffic;
+	char trouble[OM_ERROR_TEXT]; /* why swapping out stopped early; "": it did not */
 	struct om_list ahead; /* FILLING, not leased: fetched ahead of use */
 	struct om_policy *policy;
 	struct om_block **seats; /* by slot; NULL: vacant */
 	uint32_t *vacant;        /* slots, a stack */
 	uint32_t vacant_count, seat_count;
-	uint64_t check_bytes, check_idle; /* om_store_check only */
+	struct om_group_check {
+		uint64_t bytes, disk_bytes, foreign_bytes, blocks, leases, pinned, swapped, idle;
+	} check; /* om_store_check only */
 	unsigned
 		streams; /* of these: what they fetch ahead is finished by the thread that uses it */
 };

@@ -20,7 +20,7 @@ int om_store_names(struct om_store *s, char ***ret, size_t *ret_count)
 	OM_LIST_FOREACH(link, &s->blocks) {
 		const struct om_block *b = om_container_of(link, struct om_block, all);
 
-		if (code || !b->named)
+		if (code || !b->named || b->inner)
 			continue;
 		names[n] = om_strdup(b->name);
 		if (names[n])
@@ -59,13 +59,15 @@ int om_store_info(struct om_store *s, const char *name, struct om_info *ret)
 	if (b->disk == OM_COPY_VALID)
 		ret->tiers |= OM_TIER_DISK;
 	ret->leases = b->leases;
-	ret->desc = b->desc;
+	ret->desc.ndim = -1;
+	if (b->body)
+		ret->desc = b->body->desc;
 	snprintf(ret->group, sizeof(ret->group), "%s", b->group->name);
-	ret->has_origin = b->ranges != NULL;
-	ret->origin_count = b->range_count;
-	if (b->range_count) {
-		snprintf(ret->origin, sizeof(ret->origin), "%s", b->ranges[0].file->path);
-		ret->origin_offset = b->ranges[0].offset;
+	ret->has_origin = om_block_has_origin(b);
+	ret->origin_count = b->body ? b->body->range_count : 0;
+	if (ret->origin_count) {
+		snprintf(ret->origin, sizeof(ret->origin), "%s", b->body->ranges[0].file->path);
+		ret->origin_offset = b->body->ranges[0].offset;
 	}
 	return om_store_leave_block(s, b, 0);
 }
@@ -80,12 +82,11 @@ int om_store_stats(struct om_store *s, struct om_stats *ret)
 	*ret = s->counters;
 	ret->host = (struct om_tier_stats){ s->pool.used_bytes, s->host_peak_bytes,
 		                            s->host_limit_bytes, s->pool.mapped_bytes };
-	OM_LIST_FOREACH(link, &s->blocks) {
-		const struct om_block *b = om_container_of(link, struct om_block, all);
+	OM_LIST_FOREACH(link, &s->groups) {
+		const struct om_group *g = om_container_of(link, struct om_group, link);
 
-		ret->leases += b->leases;
-		if (b->foreign)
-			ret->host.used_bytes += om_up(OM_MAX(b->nbytes, 1), OM_PAGE);
+		ret->leases += g->leases;
+		ret->host.used_bytes += g->foreign_bytes;
 	}
 	ret->disk = (struct om_tier_stats){ s->disk.used_bytes, s->disk.peak_bytes,
 		                            s->disk.limit_bytes,
@@ -102,17 +103,70 @@ void om_store_collect(struct om_store *s)
 	om_foreign_collect();
 }
 
+/* ---- one block ---- */
+
+int om_block_mark(struct om_store *s, struct om_block *b, bool pinned, uint8_t tag)
+{
+	int code = om_store_enter(s);
+
+	if (code)
+		return code;
+	if (!b->named)
+		return om_store_leave(s, om_err(OM_ENAME, "block '%s' was removed", b->name));
+	b->tag = tag;
+	om_block_pin(b, pinned);
+	om_store_changed_locked(s);
+	return om_store_leave(s, 0);
+}
+
+void om_block_state(struct om_store *s, struct om_block *b, struct om_block_state *ret)
+{
+	bool inherited = s->fork_generation != om_fork_generation();
+
+	*ret = (struct om_block_state){ .nbytes = b->nbytes, .tag = b->tag };
+	if (inherited)
+		return;
+	om_mutex_lock(&s->lock);
+	if (!s->closing)
+		om_store_drain_locked(s);
+	ret->created_ns = b->created_ns;
+	ret->accessed_ns = b->accessed_ns;
+	ret->accesses = b->accesses;
+	ret->pinned = b->pinned;
+	ret->leases = b->leases;
+	ret->named = b->named && !s->closing;
+	ret->blank = b->blank;
+	if (ret->named && (b->host == OM_COPY_VALID || b->host == OM_COPY_LEAVING))
+		ret->data = (uint64_t)(uintptr_t)b->body->data;
+	ret->swapped = ret->named && om_block_swapped(b);
+	ret->on_disk = ret->named && b->disk == OM_COPY_VALID;
+	if (ret->on_disk)
+		ret->disk_offset = b->body->disk_copy.runs[0].offset + b->body->disk_copy.head;
+	om_mutex_unlock(&s->lock);
+}
+
 /* ---- invariants ---- */
+
+static int check_idle_block(const struct om_block *b)
+{
+	if (b->leases || b->host != OM_COPY_NONE || b->disk != OM_COPY_NONE || !b->blank)
+		return om_err(OM_ECORRUPT, "block '%s' has copies and no body", b->name);
+	return 0;
+}
 
 static int check_block(const struct om_block *b)
 {
-	bool listed = b->ahead.next != &b->ahead;
+	const struct om_body *body = b->body;
+	bool listed = body && body->ahead.next != &body->ahead;
 	size_t holders = 0;
 
-	OM_LIST_FOREACH(link, &b->holders)
+	if (!body)
+		return check_idle_block(b);
+	OM_LIST_FOREACH(link, &body->holders)
 		holders++;
-	/* I1: a block has its bytes somewhere. */
-	if (b->host == OM_COPY_NONE && !b->ranges && b->disk != OM_COPY_VALID && b->named)
+	/* I1: a block has its bytes somewhere, or never had any. */
+	if (b->host == OM_COPY_NONE && !body->ranges && b->disk != OM_COPY_VALID &&
+	    !body->packed && !b->blank && b->named)
 		return om_err(OM_ECORRUPT, "I1: block '%s' has no copy and no origin", b->name);
 	/* I2: leased copies are VALID or FILLING, and on no list. */
 	if (b->leases && b->host != OM_COPY_VALID && b->host != OM_COPY_FILLING)
@@ -129,40 +183,76 @@ static int check_block(const struct om_block *b)
 	/* I4: at most one copy is being filled, by one move. */
 	if (b->host == OM_COPY_FILLING && b->disk == OM_COPY_FILLING)
 		return om_err(OM_ECORRUPT, "I4: block '%s' fills two copies", b->name);
-	if (b->host == OM_COPY_FILLING && !b->move && b->named)
+	if (b->host == OM_COPY_FILLING && !body->move && b->named)
 		return om_err(OM_ECORRUPT, "I4: block '%s' fills without a move", b->name);
 	/* I5: a LEAVING copy has no lease. */
 	if (b->host == OM_COPY_LEAVING && b->leases)
 		return om_err(OM_ECORRUPT, "I5: block '%s' leaves under a lease", b->name);
+	if (body->packed && (b->disk != OM_COPY_NONE || body->move || !body->packed->inner))
+		return om_err(OM_ECORRUPT, "block '%s' is packed and has other copies", b->name);
+	return 0;
+}
+
+static void sum_block(const struct om_block *b, struct om_group_check *sum, uint64_t *pool,
+                      uint64_t *disk, uint64_t *sole)
+{
+	uint64_t bytes = om_up(OM_MAX(b->nbytes, 1), OM_PAGE);
+	const struct om_body *body = b->body;
+
+	if (b->host != OM_COPY_NONE) {
+		sum->bytes += body->foreign ? bytes : body->mem.bytes;
+		sum->foreign_bytes += body->foreign ? bytes : 0;
+		sum->idle += b->host == OM_COPY_VALID && !b->leases && !b->pinned;
+		*pool += body->foreign ? 0 : body->mem.bytes;
+	}
+	for (size_t i = 0; body && i < body->disk_copy.count; i++) {
+		*disk += body->disk_copy.runs[i].bytes;
+		sum->disk_bytes += b->disk == OM_COPY_NONE ? 0 : body->disk_copy.runs[i].bytes;
+	}
+	sum->blocks += !b->inner;
+	sum->leases += b->leases;
+	sum->pinned += b->pinned;
+	sum->swapped += om_block_swapped(b);
+	*sole += om_block_has_origin(b) || b->inner ? 0 : bytes;
+}
+
+static int check_group(struct om_group *g)
+{
+	const struct om_group_check is = { g->used_bytes, g->disk_bytes, g->foreign_bytes, g->blocks,
+		                           g->leases,     g->pinned,     g->swapped,       g->idle };
+	static const char *const names[] = { "HOST bytes", "DISK bytes", "bytes of others", "blocks",
+		                             "leases",     "pinned",     "swapped",         "idle" };
+	const uint64_t *counted = (const uint64_t *)&is, *summed = (const uint64_t *)&g->check;
+
+	for (size_t i = 0; i < sizeof(is) / sizeof(*counted); i++)
+		if (counted[i] != summed[i])
+			return om_err(OM_ECORRUPT, "I3: group '%s': %s are %llu, counted %llu",
+			              g->name, names[i], LLU(summed[i]), LLU(counted[i]));
+	/* I6: used bytes stay within the limit, or work down to one that was lowered. */
+	g->lowered_from = OM_MIN(g->lowered_from, g->used_bytes);
+	if (g->limit_bytes && g->used_bytes > OM_MAX(g->limit_bytes, g->lowered_from))
+		return om_err(OM_ECORRUPT, "I6: group '%s' uses %llu of %llu bytes", g->name,
+		              LLU(g->used_bytes), LLU(g->limit_bytes));
 	return 0;
 }
 
 static int check_sums(struct om_store *s)
 {
 	uint64_t pool = 0, disk = 0, sole = 0;
+	int code = 0;
 
-	OM_LIST_FOREACH(link, &s->groups) {
-		struct om_group *g = om_container_of(link, struct om_group, link);
-
-		g->check_bytes = g->check_idle = 0;
-	}
+	OM_LIST_FOREACH(link, &s->groups)
+		om_container_of(link, struct om_group, link)->check = (struct om_group_check){ 0 };
 	OM_LIST_FOREACH(link, &s->blocks) {
 		const struct om_block *b = om_container_of(link, struct om_block, all);
-		uint64_t bytes = om_up(OM_MAX(b->nbytes, 1), OM_PAGE);
 
-		if (b->host != OM_COPY_NONE) {
-			b->group->check_bytes += b->foreign ? bytes : b->mem.bytes;
-			b->group->check_idle += b->host == OM_COPY_VALID && !b->leases;
-			pool += b->foreign ? 0 : b->mem.bytes;
-		}
-		for (size_t i = 0; i < b->disk_copy.count; i++)
-			disk += b->disk_copy.runs[i].bytes;
-		sole += b->ranges ? 0 : bytes;
+		sum_block(b, &b->group->check, &pool, &disk, &sole);
 	}
 	/* I3: a tier's used bytes are the sum of its copies' extents. */
-	if (pool != s->pool.used_bytes)
-		return om_err(OM_ECORRUPT, "I3: HOST copies hold %llu bytes, the pool counts %llu",
-		              LLU(pool), LLU(s->pool.used_bytes));
+	if (pool + s->loose_bytes != s->pool.used_bytes)
+		return om_err(OM_ECORRUPT,
+		              "I3: HOST copies hold %llu bytes and threads %llu, the pool counts %llu",
+		              LLU(pool), LLU(s->loose_bytes), LLU(s->pool.used_bytes));
 	if (disk != s->disk.used_bytes)
 		return om_err(OM_ECORRUPT, "I3: DISK copies hold %llu bytes, the tier counts %llu",
 		              LLU(disk), LLU(s->disk.used_bytes));
@@ -170,23 +260,10 @@ static int check_sums(struct om_store *s)
 		return om_err(OM_ECORRUPT,
 		              "blocks without an origin hold %llu bytes, %llu were admitted",
 		              LLU(sole), LLU(s->sole_bytes));
-	OM_LIST_FOREACH(link, &s->groups) {
-		struct om_group *g = om_container_of(link, struct om_group, link);
-
-		if (g->check_bytes != g->used_bytes)
-			return om_err(OM_ECORRUPT,
-			              "I3: group '%s' holds %llu bytes and counts %llu", g->name,
-			              LLU(g->check_bytes), LLU(g->used_bytes));
-		if (g->check_idle != g->idle)
-			return om_err(OM_ECORRUPT,
-			              "I2: group '%s' has %llu idle copies and counts %llu",
-			              g->name, LLU(g->check_idle), LLU(g->idle));
-		/* I6: used bytes stay within the limit, or work down to one that was lowered. */
-		g->lowered_from = OM_MIN(g->lowered_from, g->used_bytes);
-		if (g->limit_bytes && g->used_bytes > OM_MAX(g->limit_bytes, g->lowered_from))
-			return om_err(OM_ECORRUPT, "I6: group '%s' uses %llu of %llu bytes",
-			              g->name, LLU(g->used_bytes), LLU(g->limit_bytes));
-	}
+	OM_LIST_FOREACH(link, &s->groups)
+		code = code ? code : check_group(om_container_of(link, struct om_group, link));
+	if (code)
+		return code;
 	if (s->pool.mapped_bytes > s->pool.limit_bytes)
 		return om_err(OM_ECORRUPT, "I6: %llu bytes are mapped, the limit is %llu",
 		              LLU(s->pool.mapped_bytes), LLU(s->pool.limit_bytes));

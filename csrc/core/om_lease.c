@@ -19,11 +19,11 @@ struct om_lease *om_lease_make_locked(struct om_store *s, struct om_block *b, bo
 	l->refs = 1;
 	l->store = s;
 	l->block = b;
-	l->data = b->data;
+	l->data = b->body->data;
 	l->write = write;
-	l->segment = b->mem.segment;
-	l->foreign = b->foreign;
-	om_list_push_tail(&b->holders, &l->link);
+	l->segment = b->body->mem.segment;
+	l->foreign = b->body->foreign;
+	om_list_push_tail(&b->body->holders, &l->link);
 	om_block_ref(b);
 	if (l->segment)
 		om_segment_ref(l->segment);
@@ -63,7 +63,7 @@ void om_store_drain_locked(struct om_store *s)
 
 		om_list_del(&l->link);
 		if (l->write)
-			b->writer = false;
+			b->body->writer = false;
 		if (l->segment) /* before the block may go, so that its segment can be kept for the next */
 			om_segment_unref(l->segment);
 		l->segment = NULL;
@@ -124,7 +124,7 @@ void om_lease_view_ref(struct om_lease *l)
 	struct om_block *b = l->block;
 
 	om_lease_ref(l);
-	if (!__atomic_fetch_add(&b->views, 1, __ATOMIC_RELAXED))
+	if (!__atomic_fetch_add(&b->body->views, 1, __ATOMIC_RELAXED))
 		__atomic_add_fetch(&l->store->exported_bytes, b->nbytes, __ATOMIC_RELAXED);
 }
 
@@ -132,7 +132,7 @@ void om_lease_view_unref(struct om_lease *l)
 {
 	struct om_block *b = l->block;
 
-	if (__atomic_sub_fetch(&b->views, 1, __ATOMIC_RELAXED) == 0)
+	if (__atomic_sub_fetch(&b->body->views, 1, __ATOMIC_RELAXED) == 0)
 		__atomic_sub_fetch(&l->store->exported_bytes, b->nbytes, __ATOMIC_RELAXED);
 	om_lease_unref(l);
 }
@@ -149,7 +149,7 @@ uint64_t om_lease_nbytes(const struct om_lease *l)
 
 const struct om_desc *om_lease_desc(const struct om_lease *l)
 {
-	return &l->block->desc;
+	return &l->block->body->desc;
 }
 
 const char *om_lease_name(const struct om_lease *l)
@@ -159,19 +159,27 @@ const char *om_lease_name(const struct om_lease *l)
 
 bool om_lease_writable(const struct om_lease *l)
 {
-	return l->write;
+	return l->write || l->share;
 }
 
-/* The bytes are leased once, by the caller: make them the only copy. */
-static int become_sole_locked(struct om_store *s, struct om_block *b)
+/* The bytes are leased by the caller: HOST is to be their only copy, but for what may turn out to be the
+ * same (`touched`). */
+static int own_bytes_locked(struct om_store *s, struct om_block *b, enum om_access access)
 {
-	int code = b->ranges ? om_room_admit_locked(s, b->name, b->nbytes) : 0;
+	int code = b->body->ranges ? om_room_admit_locked(s, b->name, b->nbytes) : 0;
 
 	if (code)
 		return code;
+	if (access == OM_SHARE) {
+		if (b->body->ranges)
+			om_block_forget_origin(b);
+		b->body->touched = true;
+		return 0;
+	}
 	om_block_forget_origin(b);
 	om_block_disk_drop(b, &s->disk);
-	b->writer = true;
+	om_pack_drop_locked(s, b);
+	b->body->writer = true;
 	return 0;
 }
 
@@ -181,7 +189,7 @@ static int alone_error(const struct om_block *b)
 	       "block '%s' cannot be leased for writing: %u other leases or views hold it at the deadline",
 	       b->name, b->leases);
 	snprintf(om_err_last()->holders, OM_ERROR_HOLDERS, "%s (%u leases, %u views)", b->name,
-	         b->leases, __atomic_load_n(&b->views, __ATOMIC_RELAXED));
+	         b->leases, __atomic_load_n(&b->body->views, __ATOMIC_RELAXED));
 	return OM_EBUSY;
 }
 
@@ -192,7 +200,7 @@ static int lease_alone_locked(struct om_store *s, struct om_block *b, uint64_t d
 	for (;;) {
 		int code = om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
 
-		if (code || (b->leases == 1 && !b->move && !b->holds))
+		if (code || (b->leases == 1 && !b->body->move && !b->body->holds))
 			return code;
 		b->counted++; /* it comes again */
 		om_fetch_unlease_locked(s, b);
@@ -202,31 +210,46 @@ static int lease_alone_locked(struct om_store *s, struct om_block *b, uint64_t d
 			if (om_now() >= deadline_ns)
 				return alone_error(b);
 			om_store_wait_locked(s, deadline_ns);
-		} while (b->leases || b->holds);
+		} while (b->leases || b->body->holds);
 	}
 }
 
-int om_store_lease(struct om_store *s, const char *name, bool write, uint64_t deadline_ns,
-                   struct om_lease **ret)
+static int lease_locked(struct om_store *s, struct om_block *b, enum om_access access,
+                        uint64_t deadline_ns, struct om_lease **ret)
+{
+	int code = access == OM_WRITE ? lease_alone_locked(s, b, deadline_ns)
+	                              : om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
+
+	if (code)
+		return code;
+	if (access != OM_READ)
+		code = own_bytes_locked(s, b, access);
+	if (!code && !(*ret = om_lease_make_locked(s, b, access == OM_WRITE))) {
+		code = -ENOMEM;
+		b->body->writer &= access != OM_WRITE;
+	}
+	if (code)
+		om_fetch_unlease_locked(s, b);
+	else
+		(*ret)->share = access == OM_SHARE;
+	return code;
+}
+
+int om_store_lease(struct om_store *s, const char *name, enum om_access access,
+                   uint64_t deadline_ns, struct om_lease **ret)
 {
 	struct om_block *b;
 	int code = om_store_enter_block(s, name, &b);
 
 	if (code)
 		return code;
-	code = write ? lease_alone_locked(s, b, deadline_ns)
-	             : om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
-	if (!code) {
-		if (write)
-			code = become_sole_locked(s, b);
-		if (!code && !(*ret = om_lease_make_locked(s, b, write))) {
-			code = -ENOMEM;
-			b->writer = false;
-		}
-		if (code)
-			om_fetch_unlease_locked(s, b);
-	}
-	return om_store_leave_block(s, b, code);
+	return om_store_leave_block(s, b, lease_locked(s, b, access, deadline_ns, ret));
+}
+
+/* Could a lease for reading be had without any waiting or work? */
+static bool at_hand(const struct om_block *b)
+{
+	return b->host == OM_COPY_VALID && !b->body->writer;
 }
 
 int om_store_lease_now(struct om_store *s, const char *name, struct om_lease **ret)
@@ -236,12 +259,75 @@ int om_store_lease_now(struct om_store *s, const char *name, struct om_lease **r
 
 	if (code)
 		return code == OM_ENAME ? OM_EAGAIN : code;
-	if (b->host != OM_COPY_VALID || b->writer)
+	if (!at_hand(b))
 		return om_store_leave_block(s, b, OM_EAGAIN);
-	code = om_fetch_lease_locked(s, &b, 1, 0, NULL);
-	if (!code && !(*ret = om_lease_make_locked(s, b, false))) {
-		code = -ENOMEM;
-		om_fetch_unlease_locked(s, b);
-	}
+	return om_store_leave_block(s, b, lease_locked(s, b, OM_READ, 0, ret));
+}
+
+/* ---- blocks by reference ---- */
+
+int om_store_block(struct om_store *s, const char *name, struct om_block **ret)
+{
+	int code = om_store_enter_block(s, name, ret);
+
+	return code ? code : om_store_leave(s, 0);
+}
+
+void **om_block_face(struct om_block *b)
+{
+	return &b->face;
+}
+
+const char *om_block_name(const struct om_block *b)
+{
+	return b->name;
+}
+
+int om_block_lease_bytes(struct om_store *s, struct om_block *b, enum om_access access,
+                         uint64_t deadline_ns, struct om_lease **ret)
+{
+	int code = om_store_enter(s);
+
+	if (code)
+		return code;
+	om_block_ref(b);
+	if (!b->named)
+		code = om_err(OM_ENAME, "block '%s' was removed", b->name);
+	if (!code && at_hand(b))
+		b->counted++; /* who has accessed it takes a view now */
+	if (!code)
+		code = lease_locked(s, b, access, deadline_ns, ret);
 	return om_store_leave_block(s, b, code);
+}
+
+int om_store_access(struct om_store *s, const char *name, uint64_t deadline_ns,
+                    struct om_block **ret)
+{
+	struct om_block *b;
+	int code = om_store_enter_block(s, name, &b);
+
+	if (code)
+		return code;
+	code = om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
+	if (code)
+		return om_store_leave_block(s, b, code);
+	om_fetch_unlease_locked(s, b);
+	*ret = b;
+	return om_store_leave(s, 0);
+}
+
+int om_store_access_now(struct om_store *s, const char *name, struct om_block **ret)
+{
+	struct om_block *b;
+	int code = om_store_enter(s);
+
+	if (code)
+		return code;
+	b = om_table_find(&s->table, name);
+	if (!b || !at_hand(b))
+		return om_store_leave(s, OM_EAGAIN);
+	om_fetch_hit_locked(s, b);
+	om_block_ref(b);
+	*ret = b;
+	return om_store_leave(s, 0);
 }

@@ -22,6 +22,7 @@ static int create(struct om_block *b, enum om_move_kind kind, enum om_move_prior
 	m->kind = kind;
 	m->priority = priority;
 	m->request_bytes = request_bytes;
+	m->began_ns = om_now();
 	om_list_init(&m->link);
 	m->pieces = om_alloc(piece_count, sizeof(*m->pieces));
 	m->hash_raw = om_alloc(1, sizeof(XXH3_state_t) + 64);
@@ -56,10 +57,10 @@ static int seal(struct om_move *m)
 
 static void plan_ranges(struct om_move *m)
 {
-	uint8_t *mem = m->block->mem.ptr;
+	uint8_t *mem = m->block->body->mem.ptr;
 
 	for (size_t i = 0; i < m->piece_count; i++) {
-		const struct om_range *r = &m->block->ranges[i];
+		const struct om_range *r = &m->block->body->ranges[i];
 		struct om_piece *p = &m->pieces[i];
 
 		p->file = r->file;
@@ -100,10 +101,10 @@ static void place(struct om_move *m)
 	struct om_block *b = m->block;
 	uint8_t *at;
 
-	b->data = m->piece_count ? m->pieces[0].mem + m->pieces[0].head : b->mem.ptr;
-	if ((uintptr_t)b->data % b->align)
-		b->data -= (uintptr_t)b->data % OM_BLOCK_ALIGN;
-	at = b->data;
+	b->body->data = m->piece_count ? m->pieces[0].mem + m->pieces[0].head : b->body->mem.ptr;
+	if ((uintptr_t)b->body->data % b->body->align)
+		b->body->data -= (uintptr_t)b->body->data % OM_BLOCK_ALIGN;
+	at = b->body->data;
 	for (size_t i = 0; i < m->piece_count; i++) {
 		m->displaced |= at != m->pieces[i].mem + m->pieces[i].head;
 		at += m->pieces[i].nbytes;
@@ -116,12 +117,13 @@ int om_move_create_fill(struct om_block *b, struct om_disk *disk, uint32_t reque
 	bool from_disk = b->disk == OM_COPY_VALID;
 	struct om_move *m;
 	int code = create(b, OM_MOVE_FILL, priority,
-	                  from_disk ? b->disk_copy.count : b->range_count, request_bytes, &m);
+	                  from_disk ? b->body->disk_copy.count : b->body->range_count, request_bytes, &m);
 
 	if (code)
 		return code;
+	m->zeros = b->blank;
 	if (from_disk)
-		plan_runs(m, disk, &b->disk_copy, b->mem.ptr);
+		plan_runs(m, disk, &b->body->disk_copy, b->body->mem.ptr);
 	else
 		plan_ranges(m);
 	place(m);
@@ -135,11 +137,11 @@ int om_move_create_spill(struct om_block *b, struct om_disk *disk, uint32_t requ
                          struct om_move **ret)
 {
 	struct om_move *m;
-	int code = create(b, OM_MOVE_SPILL, OM_SPILL, b->disk_copy.count, request_bytes, &m);
+	int code = create(b, OM_MOVE_SPILL, OM_SPILL, b->body->disk_copy.count, request_bytes, &m);
 
 	if (code)
 		return code;
-	plan_runs(m, disk, &b->disk_copy, b->data - b->disk_copy.head);
+	plan_runs(m, disk, &b->body->disk_copy, b->body->data - b->body->disk_copy.head);
 	code = seal(m);
 	if (!code)
 		*ret = m;
@@ -189,7 +191,7 @@ void om_move_rewind(struct om_move *m)
 
 	skip_empty(m, &start);
 	m->issued = m->ready = m->taken = start;
-	m->out = m->block->data;
+	m->out = m->block->body->data;
 	m->issue_index = m->ready_index = 0;
 	memset(m->back, 0, m->request_count);
 	XXH3_64bits_reset(m->hash_memory);
@@ -243,8 +245,8 @@ uint64_t om_move_digest(const struct om_move *m)
 
 int om_move_check_files(const struct om_move *m)
 {
-	for (size_t i = 0; i < m->block->range_count; i++) {
-		int code = om_file_check(m->block->ranges[i].file);
+	for (size_t i = 0; i < m->block->body->range_count; i++) {
+		int code = om_file_check(m->block->body->ranges[i].file);
 
 		if (code) {
 			struct om_error e = *om_err_last();

@@ -50,6 +50,8 @@ struct om_move {
 	unsigned inflight;
 	bool checked; /* identity of the files was compared before the first request */
 	bool ahead;   /* begun before anybody needed it */
+	bool zeros;   /* fill: nothing is read, the bytes are zeros */
+	uint64_t began_ns;
 	bool want_hash, displaced, speculative, canceled, landed, settled, busy;
 	uint8_t attempt;
 	void *hash_memory; /* aligned XXH3 state inside hash_raw */

@@ -17,6 +17,7 @@
 
 #define MAX_DEPTH     256u
 #define POPULATE_STEP (UINT64_C(2) * OM_MIB)
+#define DECAY_NS      (10 * OM_NSEC)
 
 struct slot {
 	struct om_io_req req;
@@ -91,7 +92,7 @@ static bool populate(struct om_job *job)
  * and faulting and mapping wait for each other in the kernel. */
 static void populate_ahead_locked(struct om_store *s, struct om_move *m)
 {
-	struct om_segment *seg = m->block->mem.segment;
+	struct om_segment *seg = m->block->body->mem.segment;
 	struct populate_job *p;
 
 	if (seg->populating)
@@ -115,7 +116,7 @@ static void populate_ahead_locked(struct om_store *s, struct om_move *m)
 static bool pages_there(const struct om_move *m, uint32_t length)
 {
 	const struct om_piece *piece = &m->pieces[m->issued.piece];
-	struct om_segment *seg = m->block->mem.segment;
+	struct om_segment *seg = m->block->body->mem.segment;
 	uint64_t end;
 
 	if (m->kind != OM_MOVE_FILL || seg->arena)
@@ -182,7 +183,7 @@ static bool issue_locked(struct mover *mv, struct om_move *m, uint32_t length)
 
 	slot->length = length;
 	slot->bounce = NULL;
-	if (m->kind == OM_MOVE_SPILL && m->block->foreign && !prepare_bounce(slot, m, p)) {
+	if (m->kind == OM_MOVE_SPILL && m->block->body->foreign && !prepare_bounce(slot, m, p)) {
 		settle_error_locked(mv->store, m);
 		return false;
 	}
@@ -348,6 +349,33 @@ static unsigned least_back(const struct mover *mv)
 	return mv->inflight ? 1 : 0;
 }
 
+/* Memory that no block has used for a while goes back, but for a warm reserve. A ring's slots wait for its
+ * next unit, however long its user pauses. Returns when to look again. */
+static uint64_t decay_locked(struct om_store *s)
+{
+	struct om_pool *p = &s->pool;
+	uint64_t oldest = om_pool_oldest(p);
+
+	s->decaying = p->cached_bytes > OM_POOL_WARM;
+	if (!s->decaying)
+		return UINT64_MAX;
+	OM_LIST_FOREACH(link, &s->groups) {
+		if (om_container_of(link, struct om_group, link)->streams)
+			return om_now() + DECAY_NS;
+	}
+	if (oldest + DECAY_NS > om_now())
+		return oldest + DECAY_NS;
+	s->decaying = false;
+	om_pool_trim_to(p, OM_POOL_WARM);
+	return UINT64_MAX;
+}
+
+void om_mover_decay_locked(struct om_store *s)
+{
+	s->decaying = true;
+	wake_locked(s);
+}
+
 static void *mover_run(void *arg)
 {
 	struct mover mv = { .store = arg };
@@ -357,11 +385,13 @@ static void *mover_run(void *arg)
 
 	while (ready) {
 		unsigned count;
+		uint64_t until;
 
 		om_mutex_lock(&s->lock);
 		om_store_drain_locked(s);
 		while (!s->closing && mv.free && issue_next_locked(&mv))
 			;
+		until = decay_locked(s);
 		if (s->closing && !mv.inflight) {
 			io = s->io;
 			s->io = NULL; /* nobody wakes it from here on */
@@ -370,7 +400,7 @@ static void *mover_run(void *arg)
 		}
 		om_mutex_unlock(&s->lock);
 		count = om_io_reap(s->io, mv.back, mv.depth, OM_MAX(1u, least_back(&mv)),
-		                   UINT64_MAX);
+		                   until);
 		if (!count)
 			continue;
 		om_mutex_lock(&s->lock);

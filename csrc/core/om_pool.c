@@ -91,6 +91,17 @@ uint64_t om_pool_trim(struct om_pool *p, uint64_t freed_before_ns)
 	return bytes;
 }
 
+uint64_t om_pool_oldest(const struct om_pool *p)
+{
+	return om_list_empty(&p->cached) ? UINT64_MAX : segment_of(p->cached.next)->freed_ns;
+}
+
+void om_pool_trim_to(struct om_pool *p, uint64_t reserve_bytes)
+{
+	while (p->cached_bytes > reserve_bytes)
+		cache_drop(p, segment_of(p->cached.next));
+}
+
 void om_pool_set_limit(struct om_pool *p, uint64_t limit_bytes)
 {
 	p->limit_bytes = limit_bytes;

@@ -19,6 +19,7 @@
 
 #define OM_POOL_SMALL  (UINT64_C(256) << 10)
 #define OM_POOL_SHARED (UINT64_C(2) << 20)
+#define OM_POOL_WARM   (UINT64_C(16) << 20) /* may stay populated when the rest goes back */
 
 struct om_segment {
 	struct om_list link; /* pool's live (dedicated or shared) or cached list */
@@ -76,6 +77,10 @@ bool om_pool_fits(const struct om_pool *p, uint64_t bytes);
 /* Unmap cached segments that have been idle since before `freed_before_ns` (UINT64_MAX: all).
  * Returns the bytes given back. */
 uint64_t om_pool_trim(struct om_pool *p, uint64_t freed_before_ns);
+/* Unmap cached segments, longest idle first, until at most `reserve_bytes` of them are left. */
+void om_pool_trim_to(struct om_pool *p, uint64_t reserve_bytes);
+/* Since when the cached segment that is idle longest is; UINT64_MAX: there is none. */
+uint64_t om_pool_oldest(const struct om_pool *p);
 int om_pool_check(const struct om_pool *p); /* OM_ECORRUPT with the first broken sum */
 
 void om_segment_ref(struct om_segment *s);

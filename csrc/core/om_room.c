@@ -62,6 +62,22 @@ static struct om_block *pick_victim(struct om_store *s, struct om_group *only, b
 	return found;
 }
 
+struct om_block *om_room_victim_locked(struct om_store *s, struct om_group *g)
+{
+	return pick_victim(s, g, true, NULL, 0);
+}
+
+static bool is_plain(void *arg, const struct om_block *b)
+{
+	(void)arg;
+	return !b->inner;
+}
+
+struct om_block *om_room_plain_victim_locked(struct om_group *g)
+{
+	return om_group_victim(g, is_plain, NULL);
+}
+
 static struct om_block *pick_ahead(struct om_store *s, struct om_group *only,
                                    struct om_block *const *keep, size_t keep_count)
 {
@@ -71,9 +87,9 @@ static struct om_block *pick_ahead(struct om_store *s, struct om_group *only,
 		if (only && g != only)
 			continue;
 		for (struct om_list *at = g->ahead.prev; at != &g->ahead; at = at->prev) {
-			struct om_block *b = om_container_of(at, struct om_block, ahead);
+			struct om_block *b = om_container_of(at, struct om_body, ahead)->block;
 
-			if (b->move && !b->move->canceled && !kept(b, keep, keep_count))
+			if (b->body->move && !b->body->move->canceled && !kept(b, keep, keep_count))
 				return b;
 		}
 	}
@@ -92,10 +108,10 @@ static bool departing(struct om_store *s, struct om_group *only, uint64_t bytes,
 			continue;
 		leaving += g->leaving_bytes;
 		OM_LIST_FOREACH(at, &g->ahead) {
-			struct om_block *b = om_container_of(at, struct om_block, ahead);
+			struct om_block *b = om_container_of(at, struct om_body, ahead)->block;
 
-			if (b->move && b->move->canceled)
-				leaving += b->mem.bytes;
+			if (b->body->move && b->body->move->canceled)
+				leaving += b->body->mem.bytes;
 		}
 	}
 	*ret_any = leaving > 0;
@@ -118,7 +134,8 @@ static int limit_error(struct om_group *g, uint64_t bytes, uint64_t limit, bool 
 void om_room_drop_locked(struct om_store *s, struct om_block *b)
 {
 	s->counters.drops++;
-	s->counters.prefetch_waste += b->unused;
+	om_traffic_note_locked(s, b, OM_EVENT_OUT, 0, 0);
+	s->counters.prefetch_waste += b->body->unused;
 	om_block_host_drop(b, &s->pool);
 }
 
@@ -185,8 +202,8 @@ void om_room_shrink_locked(struct om_store *s, struct om_group *g)
 
 void om_room_released_locked(struct om_store *s, struct om_block *b)
 {
-	if (over_limit(b->group) && b->host == OM_COPY_VALID && !b->leases && !b->holds &&
-	    om_block_clean(b))
+	if (over_limit(b->group) && b->host == OM_COPY_VALID && !b->leases && !b->pinned &&
+	    !b->body->holds && om_block_clean(b))
 		om_room_drop_locked(s, b);
 }
 
@@ -226,14 +243,18 @@ static void list_holders(struct om_store *s, const struct om_group *only, bool v
 
 	OM_LIST_FOREACH(link, &s->blocks) {
 		const struct om_block *b = om_container_of(link, struct om_block, all);
-		unsigned views = __atomic_load_n(&b->views, __ATOMIC_RELAXED);
+		unsigned views;
 		int n;
 
-		if (!b->leases || b->host == OM_COPY_NONE || (only && b->group != only) ||
-		    (views > 0) != viewed)
+		if ((!b->leases && !b->pinned) || b->host == OM_COPY_NONE ||
+		    (only && b->group != only))
 			continue;
-		n = snprintf(text + used, size - used, "%s%s (%u leases, %u views)",
-		             used ? "\n" : "", b->name, b->leases, views);
+		views = __atomic_load_n(&b->body->views, __ATOMIC_RELAXED);
+		if ((views > 0) != viewed)
+			continue;
+		n = snprintf(text + used, size - used, "%s%s (%u leases, %u views%s)",
+		             used ? "\n" : "", b->name, b->leases, views,
+		             b->pinned ? ", pinned" : "");
 		if (n < 0 || used + (size_t)n >= size) {
 			text[used] = '\0';
 			return;
@@ -282,20 +303,20 @@ int om_room_evict_locked(struct om_store *s, struct om_block *b, uint64_t deadli
 			return om_err(OM_ECLOSED, "the store is closed");
 		if (b->host == OM_COPY_NONE)
 			return 1;
-		if (b->leases)
+		if (b->leases || b->pinned)
 			return 0;
-		if (b->host == OM_COPY_VALID && om_block_clean(b) && !b->holds) {
+		if (b->host == OM_COPY_VALID && om_block_clean(b) && !b->body->holds) {
 			om_room_drop_locked(s, b);
 			return 1;
 		}
-		if (b->host == OM_COPY_VALID && !b->holds) {
+		if (b->host == OM_COPY_VALID && !b->body->holds) {
 			code = om_spill_locked(s, b);
 			if (code == OM_EBUSY && om_now() < deadline_ns) {
 				om_store_wait_locked(s, deadline_ns);
 				code = 0;
 			}
-		} else if (b->host == OM_COPY_LEAVING && b->move) {
-			code = om_fetch_settle_locked(s, b->move, deadline_ns);
+		} else if (b->host == OM_COPY_LEAVING && b->body->move) {
+			code = om_fetch_settle_locked(s, b->body->move, deadline_ns);
 		} else {
 			om_fetch_cancel_locked(s, b);
 			if (b->host != OM_COPY_NONE) {
@@ -319,7 +340,7 @@ static void find_largest_locked(struct om_store *s)
 	OM_LIST_FOREACH(link, &s->blocks) {
 		const struct om_block *b = om_container_of(link, struct om_block, all);
 
-		if (!b->ranges && b->named)
+		if (!om_block_has_origin(b) && b->named && !b->inner)
 			s->sole_largest =
 				OM_MAX(s->sole_largest, om_up(OM_MAX(b->nbytes, 1), OM_PAGE));
 	}

@@ -11,27 +11,43 @@
 #include "core/om_hash.h"
 #include "core/om_store_int.h"
 
-/* Give up the disk copy of an idle block that is in memory too. A consumer may have written to a view
- * that was read-only (torch ignores that), so the bytes in memory replace those on disk only when they
- * hash the same; else the memory goes, and the disk keeps what was stored. No flag "was exported"
- * would do instead: nearly every block in memory was, and without their disk copies giving way, blocks
+/* XXH3 of a LEAVING copy's bytes. The lock is given up meanwhile: a lease may rescue the copy. */
+static uint64_t hash_locked(struct om_store *s, struct om_block *b)
+{
+	uint64_t hash;
+
+	b->body->holds++;
+	s->inside++;
+	om_mutex_unlock(&s->lock);
+	hash = om_hash(b->body->data, b->nbytes);
+	om_mutex_lock(&s->lock);
+	b->body->holds--;
+	s->inside--;
+	return hash;
+}
+
+/* What lies below HOST may differ from it, or is not needed: it goes. */
+static void drop_below_locked(struct om_store *s, struct om_block *b)
+{
+	om_block_disk_drop(b, &s->disk);
+	om_pack_drop_locked(s, b);
+}
+
+/* Give up the lower copy of an idle block that is in memory too. A consumer may have written to a view
+ * that was read-only (torch ignores that), so the bytes in memory replace those below only when they
+ * hash the same; else the memory goes, and what was stored stays. No flag "was exported"
+ * would do instead: nearly every block in memory was, and without their lower copies giving way, blocks
  * could not be exchanged when the disk is full. The lock is given up; a lease meanwhile ends LEAVING. */
-static bool drop_disk_copy_locked(struct om_store *s, struct om_block *b)
+static bool drop_lower_copy_locked(struct om_store *s, struct om_block *b)
 {
 	bool same;
 
 	om_block_leave_begin(b);
-	b->holds++;
-	s->inside++;
-	om_mutex_unlock(&s->lock);
-	same = om_hash(b->data, b->nbytes) == b->hash;
-	om_mutex_lock(&s->lock);
-	b->holds--;
-	s->inside--;
+	same = hash_locked(s, b) == b->body->hash;
 	if (b->host == OM_COPY_LEAVING && !same) {
 		om_room_drop_locked(s, b);
 	} else if (b->host == OM_COPY_LEAVING) {
-		om_block_disk_drop(b, &s->disk);
+		drop_below_locked(s, b);
 		om_block_leave_rescue(b);
 	}
 	om_store_reap_locked(s, b);
@@ -39,7 +55,7 @@ static bool drop_disk_copy_locked(struct om_store *s, struct om_block *b)
 	return same;
 }
 
-/* Have one disk copy of a block that is in memory give way. 1: look again; 0: there is none; OM_EBUSY:
+/* Have one lower copy of a block that is in memory give way. 1: look again; 0: there is none; OM_EBUSY:
  * none now, but what is leased or on its way in may give way later, or room was made in memory. The
  * lock is given up. */
 static int drop_stale_locked(struct om_store *s)
@@ -48,11 +64,17 @@ static int drop_stale_locked(struct om_store *s)
 
 	OM_LIST_FOREACH(link, &s->blocks) {
 		struct om_block *b = om_container_of(link, struct om_block, all);
+		struct om_body *body = b->body;
 
-		if (!b->disk_copy.count || b->host == OM_COPY_NONE)
+		if (b->host == OM_COPY_NONE || !(body->disk_copy.count || body->packed))
 			continue;
-		if (b->disk == OM_COPY_VALID && b->host == OM_COPY_VALID && !b->leases && !b->holds)
-			return drop_disk_copy_locked(s, b) ? 1 : OM_EBUSY;
+		if (body->touched && !body->move && !body->holds) { /* the memory is what counts */
+			drop_below_locked(s, b);
+			return 1;
+		}
+		if ((b->disk == OM_COPY_VALID || body->packed) && b->host == OM_COPY_VALID &&
+		    !b->leases && !body->holds && !body->move)
+			return drop_lower_copy_locked(s, b) ? 1 : OM_EBUSY;
 		found = OM_EBUSY; /* on its way in or out, or whoever holds it may write to it */
 	}
 	return found;
@@ -106,7 +128,7 @@ static int disk_reserve_locked(struct om_store *s, struct om_block *b, uint64_t 
 {
 	for (;;) {
 		uint64_t target;
-		int stale, code = om_disk_alloc(&s->disk, bytes, &b->disk_copy);
+		int stale, code = om_disk_alloc(&s->disk, bytes, &b->body->disk_copy);
 
 		if (code != -ENOSPC)
 			return code;
@@ -126,35 +148,31 @@ static int disk_reserve_locked(struct om_store *s, struct om_block *b, uint64_t 
 	}
 }
 
-int om_spill_locked(struct om_store *s, struct om_block *b)
+/* A copy that was shared: nobody knows whether it was written to. Its hash tells: when it is that of
+ * what lies below, the memory can go. */
+static bool settle_touched_locked(struct om_store *s, struct om_block *b, uint64_t hash)
 {
-	uint64_t hash = 0, head = b->foreign ? 0 : (uintptr_t)b->data % OM_PAGE;
+	struct om_body *body = b->body;
+
+	body->touched = false;
+	if (b->disk != OM_COPY_VALID && !body->packed)
+		return false;
+	if (hash != body->hash) {
+		drop_below_locked(s, b);
+		return false;
+	}
+	om_room_drop_locked(s, b);
+	return true;
+}
+
+/* Runs on disk and a plan for a LEAVING copy whose bytes hash to `hash`. */
+static int begin_move_locked(struct om_store *s, struct om_block *b, uint64_t hash, uint64_t began_ns,
+                             uint64_t head)
+{
 	struct om_move *m;
 	int code;
 
-	om_block_leave_begin(b);
-	if (b->move) /* rescued while it was being written: the write goes on, with the same bytes */
-		return 0;
-	b->holds++;
-	s->inside++;
-	code = disk_reserve_locked(s, b, om_up(OM_MAX(b->nbytes + head, 1), OM_PAGE));
-	if (!code && b->host == OM_COPY_LEAVING && b->named) {
-		om_mutex_unlock(&s->lock);
-		hash = om_hash(b->data, b->nbytes);
-		om_mutex_lock(&s->lock);
-	}
-	b->holds--;
-	s->inside--;
-	if (!code && s->closing)
-		code = om_err(OM_ECLOSED, "the store is closed");
-	if (b->host != OM_COPY_LEAVING || !b->named || code) { /* rescued, removed, or no room */
-		om_disk_free(&s->disk, &b->disk_copy);
-		if (b->host == OM_COPY_LEAVING)
-			om_block_leave_rescue(b);
-		om_store_reap_locked(s, b);
-		return code;
-	}
-	b->disk_copy.head = (uint32_t)head;
+	b->body->disk_copy.head = (uint32_t)head;
 	om_block_disk_begin(b);
 	code = om_move_create_spill(b, &s->disk, s->request_bytes, &m);
 	if (code) {
@@ -163,8 +181,49 @@ int om_spill_locked(struct om_store *s, struct om_block *b)
 		return code;
 	}
 	m->hash = hash;
-	b->move = m;
+	m->began_ns = began_ns;
+	b->body->move = m;
 	s->moves++;
 	om_mover_queue_locked(s, m);
 	return 0;
+}
+
+/* Still to be written out, as it was when the lock was given up? */
+static bool leaves(const struct om_block *b)
+{
+	return b->host == OM_COPY_LEAVING && b->named;
+}
+
+int om_spill_locked(struct om_store *s, struct om_block *b)
+{
+	struct om_body *body = b->body;
+	uint64_t hash, began_ns = om_now();
+	uint64_t head = body->foreign ? 0 : (uintptr_t)body->data % OM_PAGE;
+	int code = 0;
+
+	om_block_leave_begin(b);
+	if (body->move) /* rescued while it was being written: the write goes on, with the same bytes */
+		return 0;
+	hash = hash_locked(s, b);
+	if (leaves(b) && body->touched && settle_touched_locked(s, b, hash))
+		goto out;
+	if (leaves(b)) {
+		body->holds++; /* the bytes stay as they were hashed: a lease ends LEAVING */
+		s->inside++;
+		code = disk_reserve_locked(s, b, om_up(OM_MAX(b->nbytes + head, 1), OM_PAGE));
+		body->holds--;
+		s->inside--;
+	}
+	if (s->closing && !code)
+		code = om_err(OM_ECLOSED, "the store is closed");
+	if (leaves(b) && !code)
+		return begin_move_locked(s, b, hash, began_ns, head);
+	if (b->disk == OM_COPY_NONE) /* rescued, removed, or no room */
+		om_disk_free(&s->disk, &body->disk_copy);
+	if (b->host == OM_COPY_LEAVING)
+		om_block_leave_rescue(b);
+out:
+	om_store_reap_locked(s, b);
+	om_store_changed_locked(s);
+	return code;
 }

@@ -38,6 +38,8 @@ int om_store_enter(struct om_store *s)
 
 int om_store_leave(struct om_store *s, int code)
 {
+	if (om_unlikely(s->pool.cached_bytes > OM_POOL_WARM && !s->decaying && !s->closing))
+		om_mover_decay_locked(s);
 	om_mutex_unlock(&s->lock);
 	return code;
 }
@@ -99,6 +101,8 @@ static int init_parts(struct om_store *s, const struct om_store_config *c)
 	om_pool_init(&s->pool, s->host_limit_bytes);
 	code = om_table_init(&s->table);
 	if (!code)
+		code = om_traffic_init(s);
+	if (!code)
 		code = om_disk_init(&s->disk, c->directory, c->disk_limit_bytes);
 	if (!code)
 		code = om_mover_start(s);
@@ -133,6 +137,7 @@ int om_store_create(const struct om_store_config *c, struct om_store **ret)
 
 		om_disk_fini(&s->disk);
 		om_table_fini(&s->table);
+		om_free(s->notes);
 		om_store_unref_memory(s);
 		return om_err_set(&error);
 	}
@@ -148,7 +153,7 @@ static void cancel_moves_locked(struct om_store *s)
 {
 	OM_LIST_FOREACH_SAFE(link, &s->blocks) {
 		struct om_block *b = om_container_of(link, struct om_block, all);
-		struct om_move *m = b->move;
+		struct om_move *m = b->body ? b->body->move : NULL;
 
 		if (!m)
 			continue;
@@ -160,22 +165,29 @@ static void cancel_moves_locked(struct om_store *s)
 	}
 }
 
+/* Is it still there, it is leased: the leases' own references keep the bytes. */
+static void forget_leased_locked(struct om_store *s, struct om_block *b)
+{
+	if (om_list_empty(&b->all))
+		return;
+	om_pack_drop_locked(s, b);
+	om_list_del(&b->all);
+	om_foreign_unref(b->body->foreign);
+	b->body->foreign = NULL;
+	om_block_unref(b);
+}
+
 static void forget_blocks_locked(struct om_store *s)
 {
-	OM_LIST_FOREACH_SAFE(link, &s->blocks) {
-		struct om_block *b = om_container_of(link, struct om_block, all);
+	while (!om_list_empty(&s->blocks)) { /* a packed form goes with its owner, which comes first */
+		struct om_block *b = om_container_of(s->blocks.next, struct om_block, all);
 
 		om_block_ref(b);
-		if (b->named)
+		if (b->named && !b->inner)
 			om_table_remove(&s->table, b);
+		b->named = false;
 		om_store_reap_locked(s, b);
-		if (!om_list_empty(
-			    &b->all)) { /* leased: the leases' own references keep the bytes */
-			om_list_del(&b->all);
-			om_foreign_unref(b->foreign);
-			b->foreign = NULL;
-			om_block_unref(b);
-		}
+		forget_leased_locked(s, b);
 		om_block_unref(b);
 	}
 	OM_LIST_FOREACH_SAFE(link, &s->groups) {
@@ -209,6 +221,8 @@ int om_store_close(struct om_store *s)
 	om_pool_fini(&s->pool);
 	om_disk_fini(&s->disk);
 	om_table_fini(&s->table);
+	om_free(s->notes);
+	s->notes = NULL;
 	__atomic_store_n(&s->closed, true, __ATOMIC_SEQ_CST);
 	om_mutex_unlock(&s->lock);
 	om_lease_drain_closed(s);

@@ -1,5 +1,6 @@
 /*
  * om_store_int: the store's inside, shared by om_store.c (life, groups, waiting), om_lease.c, om_add.c,
+ * om_swap.c (giving memory back), om_pack.c (encoded forms), om_traffic.c (counters and events),
  * om_room.c (making room), om_spill.c, om_fetch.c (fills, waiting, the work owed), om_mover.c (the thread that owns
  * the ring), om_work.c (pages ahead of reads), om_ticket.c, om_stream.c, om_inspect.c. `_locked`: the
  * store lock is held.
@@ -21,7 +22,7 @@ struct om_lease {
 	struct om_segment *segment; /* its own reference: the bytes outlive the store */
 	struct om_foreign *foreign; /* likewise */
 	void *data;
-	bool write;
+	bool write, share;
 	struct om_list link;   /* block->holders */
 	struct om_lease *next; /* store->dropped */
 };
@@ -48,6 +49,7 @@ struct om_store {
 	struct om_pool pool;
 	struct om_disk disk;
 	uint64_t host_peak_bytes;
+	uint64_t loose_bytes; /* extents that a thread fills before a block has them */
 	uint64_t sole_bytes, sole_largest; /* blocks without an origin: they must fit */
 
 	/* the mover */
@@ -62,10 +64,13 @@ struct om_store {
 	unsigned spills_failed;
 	struct om_error spill_error; /* of the last one */
 	bool starved;                /* the mover waits for pages */
+	bool decaying;               /* the mover will give idle memory back */
 	struct om_work work;
 
 	struct om_stats counters;
 	uint64_t read_since_ns;
+	struct om_note *notes; /* the last OM_NOTES events, a ring */
+	uint64_t note_count;   /* ever made */
 };
 
 /* Enter a public function: 0 with the lock held, or OM_ECLOSED. */
@@ -110,6 +115,9 @@ int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
 void om_room_shrink_locked(struct om_store *s, struct om_group *g);
 /* The last lease of a block went: when its group is over its limit, a clean copy goes as well. */
 void om_room_released_locked(struct om_store *s, struct om_block *b);
+/* The policy's choice among all idle copies of a group, or of those that are no packed form. */
+struct om_block *om_room_victim_locked(struct om_store *s, struct om_group *g);
+struct om_block *om_room_plain_victim_locked(struct om_group *g);
 /* Give up an idle clean copy. */
 void om_room_drop_locked(struct om_store *s, struct om_block *b);
 /* Let one idle or leaving block go. 1, 0 (leased) or an error. May give up the lock. */
@@ -127,11 +135,23 @@ int om_room_admit_locked(struct om_store *s, const char *name, uint64_t bytes);
 void om_room_unadmit_locked(struct om_store *s, uint64_t bytes);
 
 /* om_spill.c */
-/* Begin to write an idle dirty copy out. 0: it is under way or no longer needed; OM_EBUSY: the disk has
- * no room until leases go; or an error. The lock is given up. */
+/* Begin to write an idle dirty copy out. 0: it is under way, or gone already (what lies below holds
+ * the same bytes), or no longer needed; OM_EBUSY: the disk has no room until leases go; or an error. The
+ * lock is given up. */
 int om_spill_locked(struct om_store *s, struct om_block *b);
 /* Sets the error of that OM_EBUSY. */
 int om_spill_busy_error(struct om_store *s, const struct om_block *b, uint64_t bytes);
+
+/* om_traffic.c */
+#define OM_NOTES 4096u
+int om_traffic_init(struct om_store *s);
+/* Count an event of a block's group, and keep it in the ring. */
+void om_traffic_note_locked(struct om_store *s, struct om_block *b, enum om_event_kind kind,
+                            uint64_t bytes, uint64_t began_ns);
+
+/* om_pack.c */
+/* The packed form of a block is of no use any more. */
+void om_pack_drop_locked(struct om_store *s, struct om_block *b);
 
 /* om_fetch.c */
 /* HOST bytes that blocks without a HOST copy would take. */
@@ -146,6 +166,8 @@ int om_fetch_start_locked(struct om_store *s, struct om_block *const *blocks, si
 /* Lease all blocks or none, their bytes in HOST and proven. May give up the lock. */
 int om_fetch_lease_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
                           uint64_t deadline_ns, uint64_t *ret_stall_ns);
+/* An access to bytes in HOST that takes no lease. */
+void om_fetch_hit_locked(struct om_store *s, struct om_block *b);
 /* Take the lease back (the block may go). */
 void om_fetch_unlease_locked(struct om_store *s, struct om_block *b);
 /* Wait until a move is settled, doing the work owed on it. 0 or its error, or OM_EBUSY. */
@@ -159,6 +181,7 @@ void om_fetch_landed_locked(struct om_store *s, struct om_move *m);
 int om_mover_start(struct om_store *s);
 void om_mover_stop(struct om_store *s); /* cancels what is queued, waits for what is in flight */
 void om_mover_queue_locked(struct om_store *s, struct om_move *m);
+void om_mover_decay_locked(struct om_store *s); /* there is memory that may go back in a while */
 void om_mover_promote_locked(struct om_store *s, struct om_move *m);
 
 #endif

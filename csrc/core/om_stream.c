@@ -73,7 +73,9 @@ static int unit_init_locked(struct om_stream *st, struct unit *u, const struct o
 				OM_EVALUE,
 				"unit '%s': block '%s' is in group '%s', not in the stream's, '%s'",
 				in->name, b->name, b->group->name, st->group->name);
-		b->align = in->resident[i] ? OM_BLOCK_ALIGN : OM_STREAM_ALIGN;
+		if (om_block_wake(b, NULL))
+			return -ENOMEM;
+		b->body->align = in->resident[i] ? OM_BLOCK_ALIGN : OM_STREAM_ALIGN;
 		u->place[i] = at[in->resident[i]]++;
 		u->blocks[u->place[i]] = b;
 		om_block_ref(b);
@@ -195,7 +197,7 @@ static void forget_unit_locked(struct om_stream *st, struct unit *u)
 	for (size_t i = 0; i < u->streamed_count; i++) {
 		struct om_block *b = u->blocks[i];
 
-		if (b->leases || b->holds)
+		if (b->leases || b->body->holds)
 			continue;
 		if (b->host == OM_COPY_VALID && om_block_clean(b)) {
 			om_room_drop_locked(st->store, b);
@@ -272,7 +274,7 @@ static bool arrived(const struct unit *u)
 		const struct om_block *b = u->blocks[i];
 
 		if (b->host == OM_COPY_NONE ||
-		    (b->host == OM_COPY_FILLING && !(b->move && b->move->landed)))
+		    (b->host == OM_COPY_FILLING && !(b->body->move && b->body->move->landed)))
 			return false;
 	}
 	return true;

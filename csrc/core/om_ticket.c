@@ -31,16 +31,25 @@ static void settle_item_locked(struct om_ticket *t, struct item *it, int code)
 	}
 }
 
+/* What has to come to HOST: the block, or what a face has encoded it to. */
+static struct om_block *wanted(const struct item *it)
+{
+	struct om_block *b = it->block;
+
+	return b->host == OM_COPY_NONE && b->body->packed ? b->body->packed : b;
+}
+
 /* See what became of an item; start it if there is room. */
 static void look_locked(struct om_ticket *t, struct item *it)
 {
 	struct om_store *s = t->store;
-	struct om_block *b = it->block;
+	struct om_block *b = wanted(it);
 
 	if (it->settled)
 		return;
 	if (it->move && it->move->settled) {
-		bool retry = it->move->error->code == OM_ECANCELED && b->named && !t->canceled;
+		bool retry = it->move->error->code == OM_ECANCELED && it->block->named &&
+		             !t->canceled;
 
 		if (!retry) {
 			int code = it->move->error->code;
@@ -67,8 +76,8 @@ static void look_locked(struct om_ticket *t, struct item *it)
 		if (code && code != OM_EAGAIN && code != OM_EBUSY)
 			settle_item_locked(t, it, code);
 	}
-	if (b->host == OM_COPY_FILLING && b->move && !it->settled && !b->move->canceled) {
-		it->move = b->move;
+	if (b->host == OM_COPY_FILLING && b->body->move && !it->settled && !b->body->move->canceled) {
+		it->move = b->body->move;
 		om_move_ref(it->move);
 	}
 }
@@ -91,11 +100,13 @@ int om_store_prefetch(struct om_store *s, const char *const *names, size_t count
 	}
 	t->store = s;
 	for (size_t i = 0; i < count && !code; i++) {
-		t->items[i].block = om_store_find_locked(s, names[i]);
-		if (!t->items[i].block)
-			code = OM_ENAME;
-		else
-			om_block_ref(t->items[t->count++].block);
+		struct om_block *b = om_store_find_locked(s, names[i]);
+
+		code = b ? om_block_wake(b, NULL) : OM_ENAME;
+		if (code)
+			break;
+		om_block_ref(b);
+		t->items[t->count++].block = b;
 	}
 	for (size_t i = 0; i < count && !code && room; i++) {
 		look_locked(t, &t->items[i]);
@@ -120,7 +131,7 @@ int om_store_prefetch(struct om_store *s, const char *const *names, size_t count
 static int wait_start_locked(struct om_ticket *t, struct item *it, uint64_t deadline_ns)
 {
 	struct om_store *s = t->store;
-	struct om_block *b = it->block;
+	struct om_block *b = wanted(it);
 	int code = 0;
 
 	if (b->host == OM_COPY_NONE)

@@ -11,15 +11,17 @@ static struct om_block *make(uint64_t nbytes)
 {
 	struct om_block *b;
 
-	CHECK_EQ(om_block_create("a block", nbytes, group, NULL, &b), 0);
-	CHECK_EQ(b->desc.ndim, -1);
+	CHECK_EQ(om_block_create("a block", nbytes, group, &b), 0);
+	CHECK(!b->body && b->blank);
+	CHECK_EQ(om_block_wake(b, NULL), 0);
+	CHECK_EQ(b->body->desc.ndim, -1);
 	return b;
 }
 
 static bool on(const struct om_block *b, const struct om_list *list)
 {
 	OM_LIST_FOREACH(link, list)
-		if (link == &b->ahead)
+		if (link == &b->body->ahead)
 			return true;
 	return false;
 }
@@ -47,7 +49,7 @@ static void life(void)
 	CHECK_EQ(om_block_host_bytes(b), 2 * OM_PAGE);
 	begin(b);
 	CHECK(b->host == OM_COPY_FILLING && on(b, &group->ahead) && !group->idle);
-	CHECK_EQ(group->used_bytes, b->mem.bytes);
+	CHECK_EQ(group->used_bytes, b->body->mem.bytes);
 	om_block_fill_fail(b, &pool);
 	CHECK(b->host == OM_COPY_NONE && !on(b, &group->ahead) && !group->used_bytes &&
 	      !pool.used_bytes);
@@ -72,7 +74,7 @@ static void life(void)
 	CHECK(om_group_victim(group, any, NULL) == other);
 	om_block_leave_begin(b);
 	CHECK(b->host == OM_COPY_LEAVING && group->idle == 1);
-	CHECK_EQ(group->leaving_bytes, b->mem.bytes);
+	CHECK_EQ(group->leaving_bytes, b->body->mem.bytes);
 	om_block_leave_rescue(b);
 	CHECK(b->host == OM_COPY_VALID && group->idle == 2 && !group->leaving_bytes);
 	om_block_leave_begin(b);
@@ -92,12 +94,12 @@ static void disk_copies(void)
 
 	CHECK_EQ(om_disk_init(&d, NULL, OM_MIB), 0);
 	CHECK_EQ(om_disk_grown(&d, OM_MIB), 0);
-	CHECK_EQ(om_disk_alloc(&d, 2 * OM_PAGE, &b->disk_copy), 0);
+	CHECK_EQ(om_disk_alloc(&d, 2 * OM_PAGE, &b->body->disk_copy), 0);
 	om_block_disk_begin(b);
 	CHECK(!om_block_clean(b)); /* not before it is whole */
 	om_block_disk_end(b);
 	CHECK(om_block_clean(b));
-	b->disk_copy.head = 4000; /* the bytes begin late in the first page */
+	b->body->disk_copy.head = 4000; /* the bytes begin late in the first page */
 	CHECK_EQ(om_block_host_bytes(b), 3 * OM_PAGE);
 	om_block_disk_drop(b, &d);
 	om_block_disk_drop(b, &d);
@@ -110,15 +112,15 @@ static void origins(void)
 {
 	struct om_block *b = make(30);
 
-	b->ranges = om_alloc(2, sizeof(*b->ranges));
-	b->range_count = 2;
-	b->ranges[0] = (struct om_range){ NULL, 4090, 20 }; /* over a page's edge */
-	b->ranges[1] = (struct om_range){ NULL, 4096, 10 };
+	b->body->ranges = om_alloc(2, sizeof(*b->body->ranges));
+	b->body->range_count = 2;
+	b->body->ranges[0] = (struct om_range){ NULL, 4090, 20 }; /* over a page's edge */
+	b->body->ranges[1] = (struct om_range){ NULL, 4096, 10 };
 	CHECK(om_block_clean(b));
 	CHECK_EQ(om_block_host_bytes(b), 3 * OM_PAGE);
-	b->hash_known = true;
+	b->body->hash_known = true;
 	om_block_forget_origin(b);
-	CHECK(!om_block_clean(b) && !b->hash_known && !b->ranges);
+	CHECK(!om_block_clean(b) && !b->body->hash_known && !b->body->ranges);
 	CHECK_EQ(om_block_host_bytes(b), OM_PAGE);
 	b->nbytes = 0;
 	CHECK_EQ(om_block_host_bytes(b), OM_PAGE); /* nothing still has an address */
@@ -142,7 +144,7 @@ static void foreign_memory(void)
 	CHECK(f);
 	*f = (struct om_foreign){ .refs = 1, .data = mine, .release = release, .context = &one };
 	om_block_adopt(b, &pool, f);
-	CHECK(b->data == mine && b->host == OM_COPY_VALID && group->idle == 1);
+	CHECK(b->body->data == mine && b->host == OM_COPY_VALID && group->idle == 1);
 	CHECK_EQ(group->used_bytes, 3 * OM_PAGE);
 	CHECK_EQ(pool.limit_bytes, 8 * OM_MIB - 3 * OM_PAGE); /* it counts */
 	__atomic_add_fetch(&f->refs, 1, __ATOMIC_RELAXED);    /* a lease */
@@ -162,11 +164,14 @@ static void without_memory(void)
 {
 	struct om_block *b;
 
-	for (uint64_t nth = 1; nth <= 2; nth++) {
-		om_fault_arm(OM_FAULT_ALLOC, nth, false);
-		CHECK(om_block_create("x", 1, group, NULL, &b) < 0);
-	}
+	om_fault_arm(OM_FAULT_ALLOC, 1, false);
+	CHECK(om_block_create("x", 1, group, &b) < 0);
+	CHECK_EQ(om_block_create("x", 1, group, &b), 0);
+	om_fault_arm(OM_FAULT_ALLOC, 1, false);
+	CHECK(om_block_wake(b, NULL) < 0 && !b->body && b->slot == OM_NIL);
+	CHECK_EQ(om_block_wake(b, NULL), 0);
 	om_fault_reset();
+	om_block_retire(b);
 	CHECK_EQ(om_pool_check(&pool), 0);
 }
 

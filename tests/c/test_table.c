@@ -14,7 +14,7 @@ static void make_blocks(struct om_group *g)
 
 	for (int i = 0; i < COUNT; i++) {
 		snprintf(name, sizeof(name), "model.layers.%d.weight", i);
-		CHECK_EQ(om_block_create(name, 1, g, NULL, &blocks[i]), 0);
+		CHECK_EQ(om_block_create(name, 1, g, &blocks[i]), 0);
 	}
 }
 

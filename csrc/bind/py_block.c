@@ -1,0 +1,397 @@
+/*
+ * py_block: _core.Block, a block by reference: the base of omnimem.MemoryBlock, and the store's methods
+ * that find, access and register blocks.
+ *
+ * Made on demand, one for a block as long as somebody holds it: the core's record points back to it, and
+ * the GIL guards that pointer. It holds the record and no bytes: each buffer and each export leases
+ * them anew. One that a user built has no record behind it (`b` is NULL) and no bytes.
+ */
+#include "bind/py_bind.h"
+
+#include <string.h>
+
+PyTypeObject *py_block_type;
+
+struct py_block {
+	PyObject_HEAD struct py_core *core;
+	struct om_block *b; /* NULL: unbound */
+};
+
+/* The class that is made for blocks (a subclass of _core.Block), and who decodes one that is encoded:
+ * called with the object, on a thread that needs its bytes. */
+static PyObject *made_type, *unpacker;
+
+PyObject *py_block_setup(PyObject *Py_UNUSED(module), PyObject *args)
+{
+	PyObject *type, *function;
+
+	if (!PyArg_ParseTuple(args, "OO:_block_setup", &type, &function))
+		return NULL;
+	Py_XSETREF(made_type, Py_NewRef(type));
+	Py_XSETREF(unpacker, Py_NewRef(function));
+	return Py_NewRef(Py_None);
+}
+
+PyObject *py_block_of(struct py_core *core, struct om_block *b)
+{
+	void **face = om_block_face(b);
+	struct py_block *o = *face;
+
+	if (o) {
+		om_block_unref(b);
+		return Py_NewRef((PyObject *)o);
+	}
+	o = (struct py_block *)PyType_GenericAlloc(
+		made_type ? (PyTypeObject *)made_type : py_block_type, 0);
+	if (!o) {
+		om_block_unref(b);
+		return NULL;
+	}
+	o->core = py_core_ref(core);
+	o->b = b;
+	*face = o;
+	return (PyObject *)o;
+}
+
+static void block_dealloc(PyObject *self)
+{
+	struct py_block *o = (struct py_block *)self;
+	PyTypeObject *type = Py_TYPE(self);
+
+	if (o->b) {
+		*om_block_face(o->b) = NULL;
+		om_block_unref(o->b);
+		py_core_unref(o->core);
+	}
+	((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+	Py_DECREF(type);
+}
+
+static struct py_block *bound(PyObject *self)
+{
+	struct py_block *o = (struct py_block *)self;
+
+	if (o->b)
+		return o;
+	PyErr_SetString(PyExc_BufferError,
+	                "this block is a record without memory: register it to get some");
+	return NULL;
+}
+
+int py_block_unpack(struct py_core *core, struct om_block *b)
+{
+	PyObject *o = py_block_of(core, b), *done = NULL;
+
+	if (o && unpacker)
+		done = PyObject_CallFunctionObjArgs(unpacker, o, NULL);
+	else if (o)
+		py_raise(OM_EPACKED);
+	Py_XDECREF(o);
+	Py_XDECREF(done);
+	return done ? 0 : -1;
+}
+
+/* ---- leasing ---- */
+
+struct bytes_call {
+	struct py_block *o;
+	struct om_lease *lease;
+	uint8_t codec;
+	const struct py_data *data;
+};
+
+static int call_lease(void *arg, uint64_t deadline_ns)
+{
+	struct bytes_call *c = arg;
+
+	return om_block_lease_bytes(c->o->core->s, c->o->b, OM_SHARE, deadline_ns, &c->lease);
+}
+
+/* The bytes, brought in and decoded if need be; NULL with an exception. */
+static struct om_lease *lease_bytes(struct py_block *o)
+{
+	struct bytes_call c = { .o = o };
+	uint64_t deadline_ns = om_deadline(PY_DEFAULT_TIMEOUT_NS);
+	int code = py_wait(call_lease, &c, deadline_ns);
+
+	while (code == OM_EPACKED) {
+		om_block_ref(o->b);
+		if (py_block_unpack(o->core, o->b))
+			return NULL;
+		code = py_wait(call_lease, &c, deadline_ns);
+	}
+	if (code == 0)
+		return c.lease;
+	if (code != PY_RAISED)
+		py_raise(code);
+	return NULL;
+}
+
+/* Memory that its producer made read-only stays so until it is swapped out. */
+static bool writable(const struct py_block *o, const struct om_lease *l)
+{
+	return !o->core->foreign || !py_core_is_readonly(o->core, om_lease_data(l));
+}
+
+static int block_getbuffer(PyObject *self, Py_buffer *view, int flags)
+{
+	struct py_block *o = bound(self);
+	struct om_lease *l = o ? lease_bytes(o) : NULL;
+
+	view->obj = NULL;
+	if (!l)
+		return -1;
+	if (PyBuffer_FillInfo(view, self, om_lease_data(l), (Py_ssize_t)om_lease_nbytes(l),
+	                      !writable(o, l), flags)) {
+		om_lease_unref(l);
+		return -1;
+	}
+	om_lease_view_ref(l);
+	om_lease_unref(l);
+	view->internal = l;
+	return 0;
+}
+
+static void block_releasebuffer(PyObject *Py_UNUSED(self), Py_buffer *view)
+{
+	om_lease_view_unref(view->internal);
+	py_collect();
+}
+
+static PyObject *block_dlpack(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                              PyObject *kwnames)
+{
+	struct py_block *o = bound(self);
+	struct om_lease *l = o ? lease_bytes(o) : NULL;
+	PyObject *capsule;
+	struct py_view v;
+	int64_t bytes_shape;
+
+	if (!l)
+		return NULL;
+	v = py_lease_view(l, &bytes_shape);
+	v.writable = writable(o, l);
+	capsule = py_export_args(&v, args, nargs, kwnames);
+	om_lease_unref(l);
+	return capsule;
+}
+
+/* ---- what a block is ---- */
+
+/* (nbytes, created, accessed: seconds of the monotonic clock, accesses, address or 0, offset in the
+ * swap file or None, leases, tag, named, pinned, swapped, blank). */
+static PyObject *block_state(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+	struct py_block *o = (struct py_block *)self;
+	struct om_block_state st;
+	PyObject *offset;
+
+	if (!o->b)
+		return Py_NewRef(Py_None);
+	om_block_state(o->core->s, o->b, &st);
+	offset = st.on_disk ? PyLong_FromUnsignedLongLong(st.disk_offset) : Py_NewRef(Py_None);
+	return Py_BuildValue("(KddKKNIiNNNN)", (unsigned long long)st.nbytes,
+	                     (double)st.created_ns / 1e9, (double)st.accessed_ns / 1e9,
+	                     (unsigned long long)st.accesses, (unsigned long long)st.data, offset,
+	                     st.leases, st.tag, PyBool_FromLong(st.named),
+	                     PyBool_FromLong(st.pinned), PyBool_FromLong(st.swapped),
+	                     PyBool_FromLong(st.blank));
+}
+
+static PyObject *block_mark(PyObject *self, PyObject *args)
+{
+	struct py_block *o = bound(self);
+	int pinned, tag, code;
+
+	if (!o || !PyArg_ParseTuple(args, "pi:_mark", &pinned, &tag))
+		return NULL;
+	code = om_block_mark(o->core->s, o->b, pinned, (uint8_t)tag);
+	return code ? py_raise(code) : Py_NewRef(Py_None);
+}
+
+static int call_lease_packed(void *arg, uint64_t deadline_ns)
+{
+	struct bytes_call *c = arg;
+
+	return om_block_lease_packed(c->o->core->s, c->o->b, deadline_ns, &c->lease, &c->codec);
+}
+
+/* (lease of the encoded bytes, number of who encoded them), or None when they are not needed. */
+static PyObject *block_lease_packed(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+	struct bytes_call c = { .o = bound(self) };
+	PyObject *lease;
+	int code;
+
+	if (!c.o)
+		return NULL;
+	code = py_wait(call_lease_packed, &c, om_deadline(PY_DEFAULT_TIMEOUT_NS));
+	if (code == OM_EAGAIN)
+		return Py_NewRef(Py_None);
+	if (code)
+		return code == PY_RAISED ? NULL : py_raise(code);
+	lease = py_lease_new(c.lease);
+	return lease ? Py_BuildValue("(Ni)", lease, c.codec) : NULL;
+}
+
+static int call_unpack(void *arg, uint64_t deadline_ns)
+{
+	const struct bytes_call *c = arg;
+
+	return om_block_unpack(c->o->core->s, c->o->b, c->data->data, c->data->nbytes, deadline_ns);
+}
+
+static PyObject *block_unpack(PyObject *self, PyObject *plain)
+{
+	struct bytes_call c = { .o = bound(self) };
+	struct py_data data;
+	PyObject *done;
+
+	if (!c.o || py_data_init(&data, plain, true))
+		return NULL;
+	c.data = &data;
+	done = py_done(py_wait(call_unpack, &c, om_deadline(PY_DEFAULT_TIMEOUT_NS)));
+	py_data_fini(&data);
+	return done;
+}
+
+static PyObject *get_name(PyObject *self, void *Py_UNUSED(unused))
+{
+	struct py_block *o = (struct py_block *)self;
+
+	return o->b ? PyUnicode_FromString(om_block_name(o->b)) : Py_NewRef(Py_None);
+}
+
+/* Who encoded blocks of this store, by number. */
+static PyObject *get_codecs(PyObject *self, void *Py_UNUSED(unused))
+{
+	struct py_block *o = bound(self);
+
+	return o ? Py_NewRef(o->core->codecs) : NULL;
+}
+
+static PyMethodDef block_methods[] = {
+	{ "__dlpack__", PY_FAST(block_dlpack), PY_FAST_FLAGS,
+	  "__dlpack__($self, /, *, stream=None, max_version=None, dl_device=None, copy=None)\n--\n\n"
+	  "A DLPack capsule that keeps the bytes." },
+	{ "__dlpack_device__", py_export_device, METH_NOARGS, NULL },
+	{ "_state", block_state, METH_NOARGS, "_state($self, /)\n--\n\nWhat the core knows; None: unbound." },
+	{ "_mark", block_mark, METH_VARARGS, "_mark($self, pinned, tag, /)\n--\n\nSet both." },
+	{ "_lease_packed", block_lease_packed, METH_NOARGS,
+	  "_lease_packed($self, /)\n--\n\nThe encoded bytes and who encoded them, or None." },
+	{ "_unpack", block_unpack, METH_O, "_unpack($self, plain, /)\n--\n\nThese are the decoded bytes." },
+	{ NULL, NULL, 0, NULL },
+};
+
+static PyGetSetDef block_getset[] = {
+	{ "_name", get_name, NULL, "The block's name; None: unbound.", NULL },
+	{ "_codecs", get_codecs, NULL, "Who encoded blocks of its store, by number.", NULL },
+	{ NULL, NULL, NULL, NULL, NULL },
+};
+
+static PyType_Slot block_slots[] = {
+	{ Py_tp_doc, "A block by reference (see omnimem.MemoryBlock)." },
+	{ Py_tp_new, PyType_GenericNew },
+	{ Py_tp_dealloc, block_dealloc },
+	{ Py_tp_methods, block_methods },
+	{ Py_tp_getset, block_getset },
+	{ Py_bf_getbuffer, block_getbuffer },
+	{ Py_bf_releasebuffer, block_releasebuffer },
+	{ 0, NULL },
+};
+
+PyType_Spec py_block_spec = {
+	.name = "omnimem._core.Block",
+	.basicsize = sizeof(struct py_block),
+	.flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+	.slots = block_slots,
+};
+
+/* ---- methods of the store ---- */
+
+PyObject *py_store_block(PyObject *self, PyObject *name)
+{
+	struct py_core *core = py_store_core(self);
+	const char *text = core ? py_text(name, "name") : NULL;
+	struct om_block *b;
+	int code;
+
+	if (!text)
+		return NULL;
+	code = om_store_block(core->s, text, &b);
+	if (code == OM_ENAME)
+		return Py_NewRef(Py_None);
+	return code ? py_raise(code) : py_block_of(core, b);
+}
+
+struct access_call {
+	struct om_store *s;
+	const char *name;
+	struct om_block *b;
+};
+
+static int call_access(void *arg, uint64_t deadline_ns)
+{
+	struct access_call *c = arg;
+
+	return om_store_access(c->s, c->name, deadline_ns, &c->b);
+}
+
+static int unpack_by_name(struct py_core *core, const char *name)
+{
+	struct om_block *b;
+	int code = om_store_block(core->s, name, &b);
+
+	return code ? code : py_block_unpack(core, b) ? PY_RAISED : 0;
+}
+
+/* The block, its bytes in memory; None when there is none of that name. */
+PyObject *py_store_access(PyObject *self, PyObject *name)
+{
+	struct py_core *core = py_store_core(self);
+	struct access_call c = { .name = core ? py_text(name, "block_id") : NULL };
+	PyObject *result;
+	int code;
+
+	if (om_unlikely(!c.name))
+		return NULL;
+	c.s = core->s;
+	code = om_store_access_now(c.s, c.name, &c.b);
+	if (om_unlikely(code == OM_EAGAIN)) {
+		uint64_t deadline_ns = om_deadline(PY_DEFAULT_TIMEOUT_NS);
+
+		code = py_wait(call_access, &c, deadline_ns);
+		while (code == OM_EPACKED) {
+			code = unpack_by_name(core, c.name);
+			if (!code)
+				code = py_wait(call_access, &c, deadline_ns);
+		}
+	}
+	if (om_likely(!code))
+		result = py_block_of(core, c.b);
+	else if (code == OM_ENAME)
+		result = Py_NewRef(Py_None);
+	else
+		result = code == PY_RAISED ? NULL : py_raise(code);
+	py_collect();
+	return result;
+}
+
+PyObject *py_store_add_zeros(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                             PyObject *kwnames)
+{
+	static const char *const names[] = { "name", "nbytes", "group", NULL };
+	PyObject *a[3] = { NULL };
+	struct py_core *core = py_store_core(self);
+	const char *name, *group;
+	uint64_t nbytes;
+	int code;
+
+	if (!core || py_args("_add_zeros", args, nargs, kwnames, names, 2, 3, a))
+		return NULL;
+	name = py_text(a[0], "name");
+	if (!name || py_size(a[1], "nbytes", &nbytes) || py_text_or_null(a[2], "group", &group))
+		return NULL;
+	code = om_store_add_zeros(core->s, name, group, nbytes, NULL);
+	return code ? py_raise(code) : Py_NewRef(Py_None);
+}
