@@ -73,12 +73,14 @@ int om_store_group(struct om_store *s, const char *group, uint64_t host_limit_by
 struct om_traffic {
 	uint64_t hits, misses; /* accesses that found the bytes in HOST, or did not */
 	uint64_t outs, ins;    /* copies that left HOST, that came back */
-	uint64_t out_bytes, in_bytes; /* moved for them; nothing when the lower copy was still good */
-	uint64_t out_ns, in_ns;       /* from the decision until the bytes were proven; summed over copies */
+	uint64_t out_bytes,
+		in_bytes; /* moved for them; nothing when the lower copy was still good */
+	uint64_t out_ns,
+		in_ns; /* from the decision until the bytes were proven; summed over copies */
 };
 struct om_group_stats {
 	uint64_t blocks, pinned, leases;
-	uint64_t swapped;    /* blocks whose only bytes lie below HOST, written there by the store */
+	uint64_t swapped; /* blocks whose only bytes lie below HOST, written there by the store */
 	uint64_t host_bytes, host_peak_bytes, disk_bytes; /* extents of their copies */
 	uint64_t issued, used; /* blocks fetched because they were foretold, and of those, used */
 	struct om_traffic traffic;
@@ -149,7 +151,10 @@ struct om_stats {
 	uint64_t hits, misses;
 	uint64_t fills, drops, writes; /* copies brought in, dropped for free, written to DISK */
 	uint64_t read_bytes, written_bytes; /* of device I/O, supersets included */
-	uint64_t read_busy_ns;              /* with at least one read in flight */
+	uint64_t read_busy_ns, write_busy_ns; /* with at least one in flight */
+	uint64_t read_p50_ns, read_p99_ns;    /* of one request, from its issue on; 0: there was none */
+	uint64_t write_p50_ns, write_p99_ns;
+	unsigned in_flight, depth; /* requests now, and at most */
 	uint64_t stall_ns;                  /* threads waited for bytes */
 	/* speculation: issued, used, dropped unused */
 	uint64_t prefetches, prefetch_hits, prefetch_waste;

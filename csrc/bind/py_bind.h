@@ -82,6 +82,7 @@ struct py_core {
 	struct om_store *s;
 	size_t refs;
 	struct py_foreign *foreign;  /* list of what om_store_take keeps */
+	PyObject *codecs;            /* list: who encoded blocks, by number */
 	struct py_core *prev, *next; /* in py_keepers, while `keeps` */
 	bool keeps;
 };
@@ -121,6 +122,26 @@ PyObject *py_store_add(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_store_take(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_store_add_file(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 
+/* Blocks by reference (py_block.c). */
+PyObject *py_store_block(PyObject *, PyObject *);
+PyObject *py_store_access(PyObject *, PyObject *);
+PyObject *py_store_add_zeros(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *py_block_setup(PyObject *, PyObject *);
+/* The object of a block; takes over one reference, also when it fails. */
+PyObject *py_block_of(struct py_core *core, struct om_block *b);
+/* Has the bytes of a block decoded that is there only encoded; takes over one reference. */
+int py_block_unpack(struct py_core *core, struct om_block *b);
+
+/* Giving memory back (py_swap.c). */
+PyObject *py_store_swap_out(PyObject *, PyObject *);
+PyObject *py_store_victim(PyObject *, PyObject *);
+PyObject *py_store_pack(PyObject *, PyObject *);
+PyObject *py_store_disk(PyObject *, PyObject *);
+PyObject *py_store_trim(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *py_store_group_stats(PyObject *, PyObject *);
+PyObject *py_store_ranked(PyObject *, PyObject *);
+PyObject *py_store_events(PyObject *, PyObject *);
+
 /* simulate (py_simulate.c), memory (py_pressure.c). */
 PyObject *py_simulate(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_memory(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
@@ -157,6 +178,10 @@ struct py_core *py_store_core(PyObject *store);
 
 /* Takes over one reference on `l`, also when it fails. */
 PyObject *py_lease_new(struct om_lease *l);
+/* The lease of a Lease, borrowed; NULL with ClosedError when it was released. */
+struct om_lease *py_lease_held(PyObject *lease);
+/* The whole block with its remembered type and shape, for reading. */
+struct py_view py_lease_view(struct om_lease *l, int64_t *bytes_shape);
 PyObject *py_window_new(struct om_lease *l, PyObject *const *args, Py_ssize_t nargs,
                         PyObject *kwnames);
 PyObject *py_ticket_new(struct py_core *core, struct om_ticket *t);
@@ -165,9 +190,9 @@ int py_window_check(uint64_t block_nbytes, uint64_t offset, struct om_dl_type ty
                     const int64_t *shape, const int64_t *strides, uint64_t *ret_nbytes);
 
 extern PyType_Spec py_store_spec, py_lease_spec, py_window_spec, py_ticket_spec, py_stream_spec,
-	py_pressure_spec;
+	py_pressure_spec, py_block_spec;
 extern PyTypeObject *py_store_type, *py_lease_type, *py_window_type, *py_ticket_type,
-	*py_stream_type, *py_pressure_type;
+	*py_stream_type, *py_pressure_type, *py_block_type;
 
 /* Casts a METH_FASTCALL | METH_KEYWORDS function for a method table. */
 #define PY_FAST(function) ((PyCFunction)(void (*)(void))(function))

@@ -27,8 +27,10 @@ PyObject *py_block_setup(PyObject *Py_UNUSED(module), PyObject *args)
 
 	if (!PyArg_ParseTuple(args, "OO:_block_setup", &type, &function))
 		return NULL;
-	Py_XSETREF(made_type, Py_NewRef(type));
-	Py_XSETREF(unpacker, Py_NewRef(function));
+	Py_XDECREF(made_type);
+	Py_XDECREF(unpacker);
+	made_type = Py_NewRef(type);
+	unpacker = Py_NewRef(function);
 	return Py_NewRef(Py_None);
 }
 
@@ -190,12 +192,11 @@ static PyObject *block_state(PyObject *self, PyObject *Py_UNUSED(unused))
 		return Py_NewRef(Py_None);
 	om_block_state(o->core->s, o->b, &st);
 	offset = st.on_disk ? PyLong_FromUnsignedLongLong(st.disk_offset) : Py_NewRef(Py_None);
-	return Py_BuildValue("(KddKKNIiNNNN)", (unsigned long long)st.nbytes,
-	                     (double)st.created_ns / 1e9, (double)st.accessed_ns / 1e9,
-	                     (unsigned long long)st.accesses, (unsigned long long)st.data, offset,
-	                     st.leases, st.tag, PyBool_FromLong(st.named),
-	                     PyBool_FromLong(st.pinned), PyBool_FromLong(st.swapped),
-	                     PyBool_FromLong(st.blank));
+	return Py_BuildValue(
+		"(KddKKNIiNNNN)", (unsigned long long)st.nbytes, (double)st.created_ns / 1e9,
+		(double)st.accessed_ns / 1e9, (unsigned long long)st.accesses,
+		(unsigned long long)st.data, offset, st.leases, st.tag, PyBool_FromLong(st.named),
+		PyBool_FromLong(st.pinned), PyBool_FromLong(st.swapped), PyBool_FromLong(st.blank));
 }
 
 static PyObject *block_mark(PyObject *self, PyObject *args)
@@ -275,11 +276,13 @@ static PyMethodDef block_methods[] = {
 	  "__dlpack__($self, /, *, stream=None, max_version=None, dl_device=None, copy=None)\n--\n\n"
 	  "A DLPack capsule that keeps the bytes." },
 	{ "__dlpack_device__", py_export_device, METH_NOARGS, NULL },
-	{ "_state", block_state, METH_NOARGS, "_state($self, /)\n--\n\nWhat the core knows; None: unbound." },
+	{ "_state", block_state, METH_NOARGS,
+	  "_state($self, /)\n--\n\nWhat the core knows; None: unbound." },
 	{ "_mark", block_mark, METH_VARARGS, "_mark($self, pinned, tag, /)\n--\n\nSet both." },
 	{ "_lease_packed", block_lease_packed, METH_NOARGS,
 	  "_lease_packed($self, /)\n--\n\nThe encoded bytes and who encoded them, or None." },
-	{ "_unpack", block_unpack, METH_O, "_unpack($self, plain, /)\n--\n\nThese are the decoded bytes." },
+	{ "_unpack", block_unpack, METH_O,
+	  "_unpack($self, plain, /)\n--\n\nThese are the decoded bytes." },
 	{ NULL, NULL, 0, NULL },
 };
 

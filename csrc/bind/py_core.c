@@ -243,6 +243,8 @@ static PyMethodDef functions[] = {
 	  "_fault_points()\n--\n\nNames of all fault points." },
 	{ "_dtype_code", dtype_code, METH_O,
 	  "_dtype_code(dtype, /)\n--\n\nDLPack (code, bits, lanes) of an element type's name." },
+	{ "_block_setup", py_block_setup, METH_VARARGS,
+	  "_block_setup(type, unpacker, /)\n--\n\nThe class made for blocks, and who decodes them." },
 	{ "memory", PY_FAST(py_memory), PY_FAST_FLAGS,
 	  "memory($module, /, root=None)\n--\n\n(total, available, source) of the tightest of system and "
 	  "cgroups, in bytes." },
@@ -265,6 +267,7 @@ static const struct {
 	{ "Ticket", &py_ticket_spec, &py_ticket_type },
 	{ "Stream", &py_stream_spec, &py_stream_type },
 	{ "Pressure", &py_pressure_spec, &py_pressure_type },
+	{ "Block", &py_block_spec, &py_block_type },
 };
 #define TYPES (sizeof(types) / sizeof(types[0]))
 

@@ -23,6 +23,11 @@ struct py_core *py_core_new(struct om_store *s)
 		PyErr_NoMemory();
 		return NULL;
 	}
+	c->codecs = PyList_New(0);
+	if (!c->codecs) {
+		free(c);
+		return NULL;
+	}
 	c->s = s;
 	c->refs = 1;
 	return c;
@@ -64,6 +69,7 @@ static void destroy(struct py_core *c)
 	struct om_store *s = c->s;
 
 	unlink_keeper(c);
+	Py_DECREF(c->codecs);
 	free(c);
 	Py_BEGIN_ALLOW_THREADS om_store_unref(s);
 	Py_END_ALLOW_THREADS

@@ -46,7 +46,7 @@ static void lease_dealloc(PyObject *self)
 	Py_DECREF(type);
 }
 
-static struct om_lease *held(PyObject *self)
+struct om_lease *py_lease_held(PyObject *self)
 {
 	struct om_lease *l = ((struct py_lease *)self)->l;
 
@@ -63,7 +63,7 @@ static PyObject *lease_release(PyObject *self, PyObject *Py_UNUSED(unused))
 
 static PyObject *lease_enter(PyObject *self, PyObject *Py_UNUSED(unused))
 {
-	return held(self) ? Py_NewRef(self) : NULL;
+	return py_lease_held(self) ? Py_NewRef(self) : NULL;
 }
 
 static PyObject *lease_exit(PyObject *self, PyObject *const *Py_UNUSED(args),
@@ -76,7 +76,7 @@ static PyObject *lease_exit(PyObject *self, PyObject *const *Py_UNUSED(args),
 static PyObject *lease_window(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
                               PyObject *kwnames)
 {
-	struct om_lease *l = held(self);
+	struct om_lease *l = py_lease_held(self);
 
 	return l ? py_window_new(l, args, nargs, kwnames) : NULL;
 }
@@ -91,25 +91,33 @@ static int lease_shape(const struct om_lease *l, int64_t *bytes_shape, const int
 	return d->ndim < 0 ? 1 : d->ndim;
 }
 
+struct py_view py_lease_view(struct om_lease *l, int64_t *bytes_shape)
+{
+	struct py_view v = { .lease = l,
+		             .data = om_lease_data(l),
+		             .type = py_desc_type(om_lease_desc(l)),
+		             .writable = om_lease_writable(l) };
+
+	v.ndim = lease_shape(l, bytes_shape, &v.shape);
+	return v;
+}
+
 static PyObject *lease_dlpack(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
                               PyObject *kwnames)
 {
-	struct om_lease *l = held(self);
-	struct py_view v = { .lease = l };
+	struct om_lease *l = py_lease_held(self);
 	int64_t bytes_shape;
+	struct py_view v;
 
 	if (!l)
 		return NULL;
-	v.data = om_lease_data(l);
-	v.type = py_desc_type(om_lease_desc(l));
-	v.ndim = lease_shape(l, &bytes_shape, &v.shape);
-	v.writable = om_lease_writable(l);
+	v = py_lease_view(l, &bytes_shape);
 	return py_export_args(&v, args, nargs, kwnames);
 }
 
 static int lease_getbuffer(PyObject *self, Py_buffer *view, int flags)
 {
-	struct om_lease *l = held(self);
+	struct om_lease *l = py_lease_held(self);
 
 	if (!l) {
 		view->obj = NULL;
@@ -142,28 +150,28 @@ static PyObject *lease_repr(PyObject *self)
 
 static PyObject *get_name(PyObject *self, void *Py_UNUSED(unused))
 {
-	struct om_lease *l = held(self);
+	struct om_lease *l = py_lease_held(self);
 
 	return l ? PyUnicode_FromString(om_lease_name(l)) : NULL;
 }
 
 static PyObject *get_nbytes(PyObject *self, void *Py_UNUSED(unused))
 {
-	struct om_lease *l = held(self);
+	struct om_lease *l = py_lease_held(self);
 
 	return l ? PyLong_FromUnsignedLongLong(om_lease_nbytes(l)) : NULL;
 }
 
 static PyObject *get_dtype(PyObject *self, void *Py_UNUSED(unused))
 {
-	struct om_lease *l = held(self);
+	struct om_lease *l = py_lease_held(self);
 
 	return l ? py_dtype_name(py_desc_type(om_lease_desc(l))) : NULL;
 }
 
 static PyObject *get_shape(PyObject *self, void *Py_UNUSED(unused))
 {
-	struct om_lease *l = held(self);
+	struct om_lease *l = py_lease_held(self);
 	const int64_t *shape;
 	int64_t bytes_shape;
 	int ndim;
@@ -176,7 +184,7 @@ static PyObject *get_shape(PyObject *self, void *Py_UNUSED(unused))
 
 static PyObject *get_writable(PyObject *self, void *Py_UNUSED(unused))
 {
-	struct om_lease *l = held(self);
+	struct om_lease *l = py_lease_held(self);
 
 	return l ? PyBool_FromLong(om_lease_writable(l)) : NULL;
 }

@@ -167,7 +167,25 @@ static int call_lease(void *arg, uint64_t deadline_ns)
 {
 	struct name_call *c = arg;
 
-	return om_store_lease(c->s, c->name, c->write, deadline_ns, &c->lease);
+	return om_store_lease(c->s, c->name, c->write ? OM_WRITE : OM_READ, deadline_ns, &c->lease);
+}
+
+/* Waits for the bytes, and has them decoded where they are there only encoded. */
+static int lease_decoded(struct py_core *core, struct name_call *c, uint64_t deadline_ns)
+{
+	int code = py_wait(call_lease, c, deadline_ns);
+
+	while (code == OM_EPACKED) {
+		struct om_block *b;
+
+		code = om_store_block(core->s, c->name, &b);
+		if (code)
+			return code;
+		if (py_block_unpack(core, b))
+			return PY_RAISED;
+		code = py_wait(call_lease, c, deadline_ns);
+	}
+	return code;
 }
 
 static int call_evict(void *arg, uint64_t deadline_ns)
@@ -224,7 +242,7 @@ static PyObject *store_lease(PyObject *self, PyObject *const *args, Py_ssize_t n
 	if (code == OM_EAGAIN) {
 		if (!a[2])
 			deadline_ns = om_deadline(PY_DEFAULT_TIMEOUT_NS);
-		code = py_wait(call_lease, &c, deadline_ns);
+		code = lease_decoded(core, &c, deadline_ns);
 	}
 	if (om_unlikely(write && code == 0 && core->foreign))
 		code = lease_own_memory(core, &c, deadline_ns);
@@ -378,6 +396,11 @@ static int put(PyObject *dict, const char *key, PyObject *value)
 	return failed;
 }
 
+static PyObject *latency_tuple(uint64_t p50_ns, uint64_t p99_ns)
+{
+	return Py_BuildValue("(dd)", (double)p50_ns / 1e9, (double)p99_ns / 1e9);
+}
+
 static PyObject *stats_dict(const struct om_stats *s)
 {
 	const struct {
@@ -401,6 +424,8 @@ static PyObject *stats_dict(const struct om_stats *s)
 		{ "rereads", s->rereads },
 		{ "corrupt", s->corrupt },
 		{ "io_errors", s->io_errors },
+		{ "io_in_flight", s->in_flight },
+		{ "io_depth", s->depth },
 	};
 	PyObject *dict = PyDict_New();
 	int failed = !dict;
@@ -410,6 +435,9 @@ static PyObject *stats_dict(const struct om_stats *s)
 	if (failed || put(dict, "host", tier_tuple(&s->host)) ||
 	    put(dict, "disk", tier_tuple(&s->disk)) ||
 	    put(dict, "read_busy_seconds", PyFloat_FromDouble((double)s->read_busy_ns / 1e9)) ||
+	    put(dict, "write_busy_seconds", PyFloat_FromDouble((double)s->write_busy_ns / 1e9)) ||
+	    put(dict, "read_latency", latency_tuple(s->read_p50_ns, s->read_p99_ns)) ||
+	    put(dict, "write_latency", latency_tuple(s->write_p50_ns, s->write_p99_ns)) ||
 	    put(dict, "stall_seconds", PyFloat_FromDouble((double)s->stall_ns / 1e9)) ||
 	    put(dict, "io_backend", PyUnicode_FromString(s->io_backend)) ||
 	    put(dict, "io_reason", PyUnicode_DecodeLocale(s->io_reason, "surrogateescape")) ||
@@ -450,6 +478,9 @@ PyDoc_STRVAR(names_doc, "names($self, /)\n--\n\nAll names in the order of adding
 PyDoc_STRVAR(info_doc, "_info($self, name, /)\n--\n\nThe fields of BlockInfo, as a tuple.");
 PyDoc_STRVAR(stats_doc, "_stats($self, /)\n--\n\nThe fields of StoreStats, as a dict.");
 PyDoc_STRVAR(check_doc, "check($self, /)\n--\n\nRaise CorruptError when an invariant is broken.");
+PyDoc_STRVAR(trim_doc,
+             "trim($self, reserve=0)\n--\n\n"
+             "Give memory that no block uses back to the system, but for `reserve` bytes.");
 PyDoc_STRVAR(group_doc,
              "group($self, name, host_limit, policy=None)\n--\n\n"
              "Limit the bytes in memory of a group of blocks; 0: only the store's limit binds.\n"
@@ -474,6 +505,27 @@ static PyMethodDef store_methods[] = {
 	{ "_info", store_info, METH_O, info_doc },
 	{ "_stats", store_stats, METH_NOARGS, stats_doc },
 	{ "check", store_check, METH_NOARGS, check_doc },
+	{ "trim", PY_FAST(py_store_trim), PY_FAST_FLAGS, trim_doc },
+	{ "_block", py_store_block, METH_O, "_block($self, name, /)\n--\n\nIts object, or None." },
+	{ "_access", py_store_access, METH_O,
+	  "_access($self, name, /)\n--\n\nBring the bytes in, count an access; the block or None." },
+	{ "_add_zeros", PY_FAST(py_store_add_zeros), PY_FAST_FLAGS,
+	  "_add_zeros($self, name, nbytes, group=None)\n--\n\nZeros, made at the first access." },
+	{ "_swap_out", py_store_swap_out, METH_VARARGS,
+	  "_swap_out($self, group, nbytes, /)\n--\n\nFree so many bytes: (blocks, bytes) that went." },
+	{ "_victim", py_store_victim, METH_O,
+	  "_victim($self, group, /)\n--\n\nA lease of who would go next, or None." },
+	{ "_pack", py_store_pack, METH_VARARGS,
+	  "_pack($self, lease, data, codec, /)\n--\n\nKeep `data` below instead of the leased bytes; "
+	  "False: others lease them." },
+	{ "_disk", py_store_disk, METH_VARARGS,
+	  "_disk($self, directory, limit, /)\n--\n\nOther bounds of the swap file." },
+	{ "_group_stats", py_store_group_stats, METH_O,
+	  "_group_stats($self, group, /)\n--\n\nThe fields of GroupStats, as a dict." },
+	{ "_ranked", py_store_ranked, METH_VARARGS,
+	  "_ranked($self, group, most, count, /)\n--\n\n(name, accesses) of those used most or least." },
+	{ "_events", py_store_events, METH_O,
+	  "_events($self, since, /)\n--\n\nThe last events from number `since` on, as tuples." },
 	{ "group", PY_FAST(store_group), PY_FAST_FLAGS, group_doc },
 	{ "close", store_close, METH_NOARGS, close_doc },
 	{ "__enter__", store_enter, METH_NOARGS, NULL },

@@ -66,7 +66,8 @@ PyObject *py_store_pack(PyObject *self, PyObject *args)
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS code = om_lease_pack(l, d.data, d.nbytes, (uint8_t)codec);
 	Py_END_ALLOW_THREADS data = code == OM_EBUSY ? Py_NewRef(Py_False)
-	                                             : code ? py_raise(code) : Py_NewRef(Py_True);
+	                            : code           ? py_raise(code)
+	                                             : Py_NewRef(Py_True);
 	py_data_fini(&d);
 	return data;
 }
@@ -115,14 +116,14 @@ PyObject *py_store_group_stats(PyObject *self, PyObject *group)
 	code = om_store_group_stats(core->s, text, &g);
 	if (code)
 		return py_raise(code);
-	return Py_BuildValue(
-		"{sKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsdsdsN}", "blocks", g.blocks, "pinned", g.pinned,
-		"leases", g.leases, "swapped", g.swapped, "host_bytes", g.host_bytes,
-		"host_peak_bytes", g.host_peak_bytes, "disk_bytes", g.disk_bytes, "issued", g.issued,
-		"used", g.used, "hits", t->hits, "misses", t->misses, "outs", t->outs, "ins", t->ins,
-		"out_bytes", t->out_bytes, "in_bytes", t->in_bytes, "out_seconds",
-		(double)t->out_ns / 1e9, "in_seconds", (double)t->in_ns / 1e9, "trouble",
-		PyUnicode_DecodeLocale(g.trouble, "surrogateescape"));
+	return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsdsdsN}", "blocks", g.blocks, "pinned",
+	                     g.pinned, "leases", g.leases, "swapped", g.swapped, "host_bytes",
+	                     g.host_bytes, "host_peak_bytes", g.host_peak_bytes, "disk_bytes",
+	                     g.disk_bytes, "issued", g.issued, "used", g.used, "hits", t->hits,
+	                     "misses", t->misses, "outs", t->outs, "ins", t->ins, "out_bytes",
+	                     t->out_bytes, "in_bytes", t->in_bytes, "out_seconds",
+	                     (double)t->out_ns / 1e9, "in_seconds", (double)t->in_ns / 1e9,
+	                     "trouble", PyUnicode_DecodeLocale(g.trouble, "surrogateescape"));
 }
 
 PyObject *py_store_ranked(PyObject *self, PyObject *args)
@@ -182,10 +183,10 @@ static PyObject *event_tuple(const struct om_event *e, uint64_t number)
 		[OM_EVENT_PACKED_IN] = "packed_in",
 	};
 
-	return Py_BuildValue("(KdssNKd)", (unsigned long long)number, (double)e->at_ns / 1e9,
-	                     kinds[e->kind], e->group,
-	                     PyUnicode_DecodeUTF8(e->block, (Py_ssize_t)strlen(e->block), "replace"),
-	                     (unsigned long long)e->bytes, (double)e->took_ns / 1e9);
+	return Py_BuildValue(
+		"(KdssNKd)", (unsigned long long)number, (double)e->at_ns / 1e9, kinds[e->kind],
+		e->group, PyUnicode_DecodeUTF8(e->block, (Py_ssize_t)strlen(e->block), "replace"),
+		(unsigned long long)e->bytes, (double)e->took_ns / 1e9);
 }
 
 static int append(PyObject *list, PyObject *item)

@@ -91,7 +91,8 @@ uint64_t om_block_host_bytes(const struct om_block *b)
 	for (size_t i = 0; b->body && i < b->body->range_count; i++) {
 		uint64_t first = om_down(b->body->ranges[i].offset, OM_PAGE);
 
-		bytes += om_up(b->body->ranges[i].offset + b->body->ranges[i].nbytes, OM_PAGE) - first;
+		bytes += om_up(b->body->ranges[i].offset + b->body->ranges[i].nbytes, OM_PAGE) -
+		         first;
 	}
 	if (!om_block_has_origin(b))
 		bytes = om_up(b->nbytes + (b->body ? b->body->disk_copy.head : 0), OM_PAGE);

@@ -51,10 +51,10 @@ struct om_body {
 
 	struct om_extent mem;       /* HOST bytes; no segment when foreign */
 	struct om_foreign *foreign; /* HOST bytes of somebody else */
-	uint8_t *data;              /* first byte, inside mem or foreign; valid unless host is NONE */
-	uint32_t align; /* what a fill leaves where it was read, if that is so aligned */
-	unsigned holds; /* threads that hash the bytes without the lock */
-	unsigned views; /* atomic: references that foreign consumers hold */
+	uint8_t *data;          /* first byte, inside mem or foreign; valid unless host is NONE */
+	uint32_t align;         /* what a fill leaves where it was read, if that is so aligned */
+	unsigned holds;         /* threads that hash the bytes without the lock */
+	unsigned views;         /* atomic: references that foreign consumers hold */
 	struct om_list holders; /* struct om_lease */
 	struct om_disk_copy disk_copy;
 	struct om_block *packed; /* the bytes as a face encoded them: a block of its own, `inner` */
@@ -63,9 +63,9 @@ struct om_body {
 	uint64_t hash;             /* XXH3-64 of the bytes of origin, disk copy or packed form */
 	bool hash_known, verified; /* verified: compared at least once */
 	bool writer;               /* the one lease is a write lease */
-	bool touched; /* HOST was leased for sharing: it may differ from what lies below */
-	bool unused;  /* HOST was fetched ahead and nobody has leased it since */
-	bool guessed; /* of these: foretold, not asked for */
+	bool touched;  /* HOST was leased for sharing: it may differ from what lies below */
+	bool unused;   /* HOST was fetched ahead and nobody has leased it since */
+	bool guessed;  /* of these: foretold, not asked for */
 	uint8_t codec; /* of `packed`: the face's number of who encoded it */
 };
 
@@ -83,7 +83,7 @@ struct om_block {
 	uint64_t created_ns, accessed_ns;
 	uint32_t accesses;
 	enum om_copy_state host : 8, disk : 8;
-	uint8_t tag; /* of the face */
+	uint8_t tag;     /* of the face */
 	bool named : 1;  /* in the table; of an inner block: its owner keeps it */
 	bool inner : 1;  /* the packed form of another block, whose name it has */
 	bool blank : 1;  /* never had bytes: they will be zeros */

@@ -388,7 +388,8 @@ static int unsettled_error(struct om_block *const *blocks, size_t count)
 		if (!b->body->writer && b->host != OM_COPY_FILLING)
 			continue;
 		om_err(OM_EBUSY, "block '%s': %s at the deadline", b->name,
-		       b->body->writer ? "leased for writing" : "a canceled fill is still in flight");
+		       b->body->writer ? "leased for writing"
+		                       : "a canceled fill is still in flight");
 		snprintf(om_err_last()->holders, OM_ERROR_HOLDERS, "%s", b->name);
 		return OM_EBUSY;
 	}

@@ -29,7 +29,7 @@ struct om_group {
 	uint64_t idle;    /* copies that may be chosen to go: VALID, neither leased nor pinned */
 	struct om_traffic traffic;
 	char trouble[OM_ERROR_TEXT]; /* why swapping out stopped early; "": it did not */
-	struct om_list ahead; /* FILLING, not leased: fetched ahead of use */
+	struct om_list ahead;        /* FILLING, not leased: fetched ahead of use */
 	struct om_policy *policy;
 	struct om_block **seats; /* by slot; NULL: vacant */
 	uint32_t *vacant;        /* slots, a stack */

@@ -91,6 +91,11 @@ int om_store_stats(struct om_store *s, struct om_stats *ret)
 	ret->disk = (struct om_tier_stats){ s->disk.used_bytes, s->disk.peak_bytes,
 		                            s->disk.limit_bytes,
 		                            s->disk.arena ? om_arena_size(s->disk.arena) : 0 };
+	ret->read_p50_ns = om_latency_quantile(&s->read_latency, 0.5);
+	ret->read_p99_ns = om_latency_quantile(&s->read_latency, 0.99);
+	ret->write_p50_ns = om_latency_quantile(&s->write_latency, 0.5);
+	ret->write_p99_ns = om_latency_quantile(&s->write_latency, 0.99);
+	ret->depth = s->io_config.depth;
 	ret->blocks = s->table.count;
 	ret->exported_bytes = __atomic_load_n(&s->exported_bytes, __ATOMIC_RELAXED);
 	om_mutex_unlock(&s->lock);
@@ -165,8 +170,8 @@ static int check_block(const struct om_block *b)
 	OM_LIST_FOREACH(link, &body->holders)
 		holders++;
 	/* I1: a block has its bytes somewhere, or never had any. */
-	if (b->host == OM_COPY_NONE && !body->ranges && b->disk != OM_COPY_VALID &&
-	    !body->packed && !b->blank && b->named)
+	if (b->host == OM_COPY_NONE && !body->ranges && b->disk != OM_COPY_VALID && !body->packed &&
+	    !b->blank && b->named)
 		return om_err(OM_ECORRUPT, "I1: block '%s' has no copy and no origin", b->name);
 	/* I2: leased copies are VALID or FILLING, and on no list. */
 	if (b->leases && b->host != OM_COPY_VALID && b->host != OM_COPY_FILLING)
@@ -218,10 +223,12 @@ static void sum_block(const struct om_block *b, struct om_group_check *sum, uint
 
 static int check_group(struct om_group *g)
 {
-	const struct om_group_check is = { g->used_bytes, g->disk_bytes, g->foreign_bytes, g->blocks,
-		                           g->leases,     g->pinned,     g->swapped,       g->idle };
-	static const char *const names[] = { "HOST bytes", "DISK bytes", "bytes of others", "blocks",
-		                             "leases",     "pinned",     "swapped",         "idle" };
+	const struct om_group_check is = { g->used_bytes, g->disk_bytes, g->foreign_bytes,
+		                           g->blocks,     g->leases,     g->pinned,
+		                           g->swapped,    g->idle };
+	static const char *const names[] = { "HOST bytes", "DISK bytes", "bytes of others",
+		                             "blocks",     "leases",     "pinned",
+		                             "swapped",    "idle" };
 	const uint64_t *counted = (const uint64_t *)&is, *summed = (const uint64_t *)&g->check;
 
 	for (size_t i = 0; i < sizeof(is) / sizeof(*counted); i++)
@@ -250,9 +257,10 @@ static int check_sums(struct om_store *s)
 	}
 	/* I3: a tier's used bytes are the sum of its copies' extents. */
 	if (pool + s->loose_bytes != s->pool.used_bytes)
-		return om_err(OM_ECORRUPT,
-		              "I3: HOST copies hold %llu bytes and threads %llu, the pool counts %llu",
-		              LLU(pool), LLU(s->loose_bytes), LLU(s->pool.used_bytes));
+		return om_err(
+			OM_ECORRUPT,
+			"I3: HOST copies hold %llu bytes and threads %llu, the pool counts %llu",
+			LLU(pool), LLU(s->loose_bytes), LLU(s->pool.used_bytes));
 	if (disk != s->disk.used_bytes)
 		return om_err(OM_ECORRUPT, "I3: DISK copies hold %llu bytes, the tier counts %llu",
 		              LLU(disk), LLU(s->disk.used_bytes));

@@ -117,7 +117,8 @@ int om_move_create_fill(struct om_block *b, struct om_disk *disk, uint32_t reque
 	bool from_disk = b->disk == OM_COPY_VALID;
 	struct om_move *m;
 	int code = create(b, OM_MOVE_FILL, priority,
-	                  from_disk ? b->body->disk_copy.count : b->body->range_count, request_bytes, &m);
+	                  from_disk ? b->body->disk_copy.count : b->body->range_count,
+	                  request_bytes, &m);
 
 	if (code)
 		return code;

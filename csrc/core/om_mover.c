@@ -25,6 +25,7 @@ struct slot {
 	uint32_t index;  /* of the request in its move */
 	void *bounce;    /* a spill of foreign memory: an aligned copy */
 	uint32_t length; /* bytes that count */
+	uint64_t began_ns;
 	struct slot *next_free;
 };
 
@@ -198,13 +199,15 @@ static bool issue_locked(struct mover *mv, struct om_move *m, uint32_t length)
 		.need = (uint32_t)OM_MIN(exists, length),
 		.offset = p->offset + m->issued.done,
 	};
+	slot->began_ns = om_now();
 	om_move_ref(m);
 	m->inflight++;
 	mv->inflight++;
-	if (slot->req.write)
-		mv->spilling++;
-	else if (!mv->reading++)
-		mv->store->read_since_ns = om_now();
+	mv->store->counters.in_flight = mv->inflight;
+	if (slot->req.write && !mv->spilling++)
+		mv->store->write_since_ns = slot->began_ns;
+	else if (!slot->req.write && !mv->reading++)
+		mv->store->read_since_ns = slot->began_ns;
 	om_move_step(m, &m->issued);
 	if (!om_move_request(m, &m->issued))
 		om_list_del(&m->link);
@@ -252,15 +255,19 @@ static bool issue_next_locked(struct mover *mv)
 static void count_io(struct mover *mv, const struct slot *slot)
 {
 	struct om_store *s = mv->store;
+	uint64_t now = om_now();
 
+	om_latency_add(slot->req.write ? &s->write_latency : &s->read_latency,
+	               now - slot->began_ns);
 	if (slot->req.write) {
-		mv->spilling--;
+		if (!--mv->spilling)
+			s->counters.write_busy_ns += now - s->write_since_ns;
 		if (!slot->req.code)
 			s->counters.written_bytes += slot->length;
 		return;
 	}
 	if (!--mv->reading)
-		s->counters.read_busy_ns += om_now() - s->read_since_ns;
+		s->counters.read_busy_ns += now - s->read_since_ns;
 	if (!slot->req.code) {
 		s->counters.read_bytes += slot->length;
 		slot->move->block->group->read_bytes += slot->length;
@@ -299,7 +306,7 @@ static void complete_locked(struct mover *mv, struct slot *slot)
 
 	count_io(mv, slot);
 	free(slot->bounce);
-	mv->inflight--;
+	s->counters.in_flight = --mv->inflight;
 	m->back[slot->index] = 1;
 	if (slot->req.code) {
 		s->counters.io_errors++;
@@ -399,8 +406,7 @@ static void *mover_run(void *arg)
 			break;
 		}
 		om_mutex_unlock(&s->lock);
-		count = om_io_reap(s->io, mv.back, mv.depth, OM_MAX(1u, least_back(&mv)),
-		                   until);
+		count = om_io_reap(s->io, mv.back, mv.depth, OM_MAX(1u, least_back(&mv)), until);
 		if (!count)
 			continue;
 		om_mutex_lock(&s->lock);

@@ -215,8 +215,7 @@ int om_block_unpack(struct om_store *s, struct om_block *b, const void *data, ui
 			om_err(OM_ECORRUPT,
 		               "block '%s': decoded to %llu bytes, %llu were encoded; the encoded "
 		               "bytes are kept",
-		               b->name, (unsigned long long)nbytes,
-		               (unsigned long long)b->nbytes));
+		               b->name, (unsigned long long)nbytes, (unsigned long long)b->nbytes));
 	code = copy_in_locked(s, b->group, data, nbytes, deadline_ns, &mem, &hash);
 	if (code)
 		return om_store_leave_block(s, b, code);

@@ -166,8 +166,8 @@ static bool settle_touched_locked(struct om_store *s, struct om_block *b, uint64
 }
 
 /* Runs on disk and a plan for a LEAVING copy whose bytes hash to `hash`. */
-static int begin_move_locked(struct om_store *s, struct om_block *b, uint64_t hash, uint64_t began_ns,
-                             uint64_t head)
+static int begin_move_locked(struct om_store *s, struct om_block *b, uint64_t hash,
+                             uint64_t began_ns, uint64_t head)
 {
 	struct om_move *m;
 	int code;

@@ -179,7 +179,8 @@ static void forget_leased_locked(struct om_store *s, struct om_block *b)
 
 static void forget_blocks_locked(struct om_store *s)
 {
-	while (!om_list_empty(&s->blocks)) { /* a packed form goes with its owner, which comes first */
+	while (!om_list_empty(
+		&s->blocks)) { /* a packed form goes with its owner, which comes first */
 		struct om_block *b = om_container_of(s->blocks.next, struct om_block, all);
 
 		om_block_ref(b);

@@ -9,6 +9,7 @@
 #define OM_STORE_INT_H
 
 #include "base/om_sync.h"
+#include "core/om_latency.h"
 #include "core/om_move.h"
 #include "core/om_table.h"
 #include "core/om_work.h"
@@ -49,7 +50,7 @@ struct om_store {
 	struct om_pool pool;
 	struct om_disk disk;
 	uint64_t host_peak_bytes;
-	uint64_t loose_bytes; /* extents that a thread fills before a block has them */
+	uint64_t loose_bytes;              /* extents that a thread fills before a block has them */
 	uint64_t sole_bytes, sole_largest; /* blocks without an origin: they must fit */
 
 	/* the mover */
@@ -68,7 +69,8 @@ struct om_store {
 	struct om_work work;
 
 	struct om_stats counters;
-	uint64_t read_since_ns;
+	uint64_t read_since_ns, write_since_ns;
+	struct om_latency read_latency, write_latency;
 	struct om_note *notes; /* the last OM_NOTES events, a ring */
 	uint64_t note_count;   /* ever made */
 };

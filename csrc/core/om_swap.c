@@ -128,11 +128,12 @@ int om_swap_wait(struct om_swap *w, uint64_t deadline_ns)
 		return code;
 	while (!code && !s->closing) {
 		bool more = !w->enough && w->done.bytes + w->pending < w->want;
-		struct om_block *b =
-			more && w->count < UNDER_WAY ? om_room_victim_locked(s, g) : NULL;
+		struct om_block *b = more && w->count < UNDER_WAY ? om_room_victim_locked(s, g)
+		                                                  : NULL;
 
 		if (om_now() >= deadline_ns && (b || w->count))
-			code = om_err(OM_EBUSY, "group '%s': %llu bytes are still moving at the deadline",
+			code = om_err(OM_EBUSY,
+			              "group '%s': %llu bytes are still moving at the deadline",
 			              g->name, (unsigned long long)w->pending);
 		else if (b)
 			begin_one_locked(w, b);

@@ -76,7 +76,8 @@ static void look_locked(struct om_ticket *t, struct item *it)
 		if (code && code != OM_EAGAIN && code != OM_EBUSY)
 			settle_item_locked(t, it, code);
 	}
-	if (b->host == OM_COPY_FILLING && b->body->move && !it->settled && !b->body->move->canceled) {
+	if (b->host == OM_COPY_FILLING && b->body->move && !it->settled &&
+	    !b->body->move->canceled) {
 		it->move = b->body->move;
 		om_move_ref(it->move);
 	}

@@ -70,8 +70,9 @@ int om_store_events(struct om_store *s, uint64_t from, struct om_event *ret, siz
 	for (size_t i = 0; i < count; i++) {
 		const struct om_note *n = &s->notes[(from + i) % OM_NOTES];
 
-		ret[i] = (struct om_event){ n->at_ns, n->took_ns, n->bytes,
-			                    (enum om_event_kind)n->kind, "", "" };
+		ret[i] = (struct om_event){ n->at_ns, n->took_ns,
+			                    n->bytes, (enum om_event_kind)n->kind,
+			                    "",       "" };
 		memcpy(ret[i].group, n->group->name, sizeof(ret[i].group));
 		memcpy(ret[i].block, n->block, sizeof(n->block));
 	}

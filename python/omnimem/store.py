@@ -15,7 +15,7 @@ from typing import Any
 from omnimem import _core
 from omnimem.config import StoreConfig, parse_size
 
-__all__ = ["BlockInfo", "Store", "StoreStats", "TierStats"]
+__all__ = ["BlockInfo", "Event", "GroupStats", "Store", "StoreStats", "TierStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,71 @@ class TierStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStats:
+    """Counters of one group of blocks (`Store.group_stats`): bytes, seconds, events.
+
+    Those from `hits` on are the sums of the events that `Store.events` shows the last of.
+    """
+
+    blocks: int
+    """Blocks with a name."""
+    pinned: int
+    """Of these, pinned."""
+    swapped: int
+    """Of these, with their only bytes below memory, where the store wrote them."""
+    leases: int
+    """Leases that are out."""
+    host_bytes: int
+    """Memory that their copies hold."""
+    host_peak_bytes: int
+    """The most that was ever held."""
+    disk_bytes: int
+    """Bytes of the swap file that their copies hold."""
+    issued: int
+    """Blocks fetched because they were foretold."""
+    used: int
+    """Of these, used."""
+    hits: int
+    """Accesses that found the bytes in memory."""
+    misses: int
+    """Accesses that did not."""
+    outs: int
+    """Copies that left memory for a lower tier."""
+    ins: int
+    """Copies that came back from one."""
+    out_bytes: int
+    """Written for that; nothing where the lower copy was still good."""
+    in_bytes: int
+    """Read for that."""
+    out_seconds: float
+    """From the decision until the copy was written, summed over the copies."""
+    in_seconds: float
+    """From the request until the bytes were proven, summed over the copies."""
+    trouble: str
+    """Why the last swapping out stopped before it had freed enough; "": it did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a block (`Store.events`)."""
+
+    number: int
+    """Events are numbered from 0."""
+    time: float
+    """Seconds of `time.monotonic`."""
+    kind: str
+    """"hit", "miss", "out", "in", or "packed_out", "packed_in": of a block's encoded form."""
+    group: str
+    """Its group."""
+    block: str
+    """The beginning of its name."""
+    nbytes: int
+    """Bytes moved."""
+    seconds: float
+    """How long it took."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreStats:
     """Counters of a store since it was opened (`Store.stats`): bytes, seconds, events."""
 
@@ -90,6 +155,12 @@ class StoreStats:
     """Written to the swap file, alignment included."""
     read_busy_seconds: float
     """With at least one read in flight."""
+    write_busy_seconds: float
+    """With at least one write in flight."""
+    read_latency: tuple[float, float]
+    """Seconds that half, and 99 %, of the read requests (1 MiB at most) did not exceed."""
+    write_latency: tuple[float, float]
+    """The same of write requests."""
     stall_seconds: float
     """Threads waited for bytes."""
     prefetches: int
@@ -106,6 +177,10 @@ class StoreStats:
     """Checksums that differed."""
     io_errors: int
     """Requests that failed for good."""
+    io_in_flight: int
+    """Requests in flight now."""
+    io_depth: int
+    """Requests in flight at most."""
     io_backend: str
     """"uring" or "threads"."""
     io_reason: str
@@ -181,6 +256,14 @@ class Store(_core.Store):
         values["host"] = TierStats(*values["host"])
         values["disk"] = TierStats(*values["disk"])
         return StoreStats(**values)
+
+    def group_stats(self, group: str = "default") -> GroupStats:
+        """Counters of one group. Takes no longer with more blocks."""
+        return GroupStats(**self._group_stats(group))
+
+    def events(self, since: int = 0) -> list[Event]:
+        """The last events, at most 4096, from number `since` on, oldest first."""
+        return [Event(*event) for event in self._events(since)]
 
     def __repr__(self) -> str:
         return f"<omnimem.Store, host_limit={self._config.host_limit}>"
