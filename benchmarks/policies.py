@@ -4,13 +4,20 @@ Every cell is one trace at one capacity; numbers are bytes missed / bytes reques
 ADAPTIVE is its number less that of the best of LRU, CLOCK and S3-FIFO, in points. Belady's knows
 the future: for equal sizes nobody does better.
 
+What a request costs is told in nanoseconds, and, where valgrind is installed, in instructions,
+which no other process and no cache of the machine changes: callgrind counts those of om_simulate
+in a child. A run without capacity stops after numbering the ids; what it took is told apart.
+
 Real traces are read from --traces (a folder of oracleGeneral files) where it exists.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +25,23 @@ from pathlib import Path
 import numpy as np
 
 import omnimem
-from common import console, fmt, machine_facts, median, show_table, write_json
+from common import BenchError, console, fmt, machine_facts, median, show_table, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIC = ("lru", "clock", "s3fifo")
 POLICIES = (*CLASSIC, "sieve", "adaptive", "belady")
+COUNTED = """
+import array, sys
+import omnimem
+ids = array.array("Q")
+with open(sys.argv[1], "rb") as file:
+    ids.frombytes(file.read())
+try:
+    omnimem.simulate(ids, int(sys.argv[2]), sys.argv[3])
+except ValueError:
+    if int(sys.argv[2]) != 0:
+        raise
+"""
 RECORD = np.dtype([("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i8")])
 
 Trace = tuple[np.ndarray, np.ndarray]
@@ -137,16 +156,45 @@ def cell(trace: Trace, room: int) -> dict[str, float]:
     return {p: 100 * omnimem.simulate(ids, room, p, sizes).byte_miss_ratio for p in POLICIES}
 
 
-def cost(blocks: int, requests: int = 1_000_000) -> dict[str, float]:
+def cost_trace(blocks: int) -> np.ndarray:
+    """Return a million requests of a Zipf trace."""
+    return zipf(np.random.default_rng(3), blocks, 0.9, 1_000_000).astype(np.uint64)
+
+
+def cost(blocks: int) -> dict[str, float]:
     """Nanoseconds a request of a Zipf trace, half of the blocks held, numbering included."""
-    ids = zipf(np.random.default_rng(3), blocks, 0.9, requests).astype(np.uint64)
+    ids = cost_trace(blocks)
     times: dict[str, list[float]] = {policy: [] for policy in POLICIES[:-1]}
     for _ in range(3):
         for policy, taken in times.items():
             started = time.perf_counter()
             omnimem.simulate(ids, blocks // 2, policy)
-            taken.append((time.perf_counter() - started) / requests * 1e9)
+            taken.append((time.perf_counter() - started) / len(ids) * 1e9)
     return {policy: median(taken) or 0.0 for policy, taken in times.items()}
+
+
+def instructions(blocks: int) -> dict[str, float] | None:
+    """Instructions a request of the same trace, numbering apart; None without valgrind."""
+    if shutil.which("valgrind") is None:
+        return None
+    ids = cost_trace(blocks)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "ids"
+        ids.tofile(trace)
+
+        def count(capacity: int, policy: str) -> float:
+            out = Path(folder) / "callgrind"
+            command = ["valgrind", "--tool=callgrind", "--toggle-collect=om_simulate",
+                       f"--callgrind-out-file={out}", sys.executable, "-c", COUNTED,
+                       str(trace), str(capacity), policy]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise BenchError(f"no count of instructions: {done.stderr.strip()[-300:]}")
+            return int(out.read_text().rpartition("totals:")[2]) / len(ids)
+
+        numbering = count(0, "lru")
+        counts = {policy: count(blocks // 2, policy) - numbering for policy in POLICIES[:-1]}
+    return {"numbering": numbering, **counts}
 
 
 def main() -> int:
@@ -182,14 +230,27 @@ def main() -> int:
     show_table("ADAPTIVE against the best of LRU, CLOCK and S3-FIFO", ["", "points"],
                [[key, fmt(value)] for key, value in summary.items()],
                markdown=args.markdown)  # fmt: skip
-    costs = {f"{blocks:,} blocks": cost(blocks) for blocks in (1000, 100_000)}
+    sizes = (1000, 100_000)
+    costs = {f"{blocks:,} blocks": cost(blocks) for blocks in sizes}
     show_table("Nanoseconds a request", ["", *POLICIES[:-1]],
                [[label, *(fmt(found[p], 0) for p in POLICIES[:-1])] for label, found in
                 costs.items()], markdown=args.markdown)  # fmt: skip
+    counts = {f"{blocks:,} blocks": instructions(blocks) for blocks in sizes}
+    if None in counts.values():
+        console.print("[yellow]no instructions are counted: valgrind is not installed[/yellow]")
+    else:
+        show_table("Instructions a request", ["", *POLICIES[:-1], "numbering the ids"],
+                   [[label, *(fmt((found or {}).get(p), 0) for p in (*POLICIES[:-1], "numbering"))]
+                    for label, found in counts.items()], markdown=args.markdown)  # fmt: skip
     write_json(args.json, {"benchmark": "policies", "machine": machine_facts(), "cells": cells,
-                           "summary": summary, "cost_ns": costs})  # fmt: skip
+                           "summary": summary, "cost_ns": costs,
+                           "cost_instructions": counts})  # fmt: skip
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BenchError as problem:
+        console.print(f"[red]{problem}[/red]")
+        sys.exit(1)
