@@ -1,12 +1,13 @@
 /*
  * The pattern: the declared order, cycles, a jump to the last occurrence, what is forgotten, trust,
- * locality, distance, all of it against a plain history.
+ * locality, distance, all of it against a plain history; and the budget of speculation on it.
  */
 #include <errno.h>
 #include <string.h>
 
 #include "base/om_base.h"
 #include "core/om_pattern.h"
+#include "core/om_speculation.h"
 #include "om_test.h"
 
 static const uint32_t in_order[] = { 0, 1, 2, 3, 4, 5, 6, 7, 8 };
@@ -578,6 +579,169 @@ static void abstains_at_random(void)
 	CHECK(replay().trusted < 0.001);
 }
 
+/* ---- the budget of speculation ---- */
+
+static void budget_of_the_right(void)
+{
+	struct om_speculation s;
+
+	om_speculation_init(&s);
+	for (int i = 0; i < 100; i++) {
+		CHECK(om_speculation_room(&s) <= OM_SPECULATION_MOST);
+		while (om_speculation_room(&s))
+			om_speculation_issue(&s);
+		om_speculation_access(&s, true);
+		om_speculation_end(&s, true);
+		CHECK_EQ(s.depth == OM_SPECULATION_MOST, i + 1 >= 2 + 3 + 4 + 5 + 6 + 7);
+	}
+	CHECK_EQ(s.depth, OM_SPECULATION_MOST);
+	CHECK_EQ(s.open, OM_SPECULATION_MOST - 1);
+	CHECK_EQ(s.used_count, 100);
+	CHECK_EQ(s.issued_count, 107);
+}
+
+/* Ends that are right as often as `share` of 100 says; the depth after them. */
+static uint32_t depth_at(struct om_speculation *s, uint32_t share, uint32_t ends)
+{
+	for (uint32_t i = 0; i < ends; i++) {
+		om_speculation_issue(s);
+		om_speculation_end(s, i * share / 100 != (i + 1) * share / 100);
+	}
+	return s->depth;
+}
+
+static void budget_by_share(void)
+{
+	struct om_speculation s;
+
+	om_speculation_init(&s);
+	CHECK(depth_at(&s, 60, 200) < OM_SPECULATION_MOST); /* neither high nor low */
+	CHECK_EQ(depth_at(&s, 100, 200), OM_SPECULATION_MOST);
+	CHECK_EQ(depth_at(&s, 60, 200), OM_SPECULATION_MOST);
+	CHECK(depth_at(&s, 40, 30) < OM_SPECULATION_MOST);
+	CHECK_EQ(depth_at(&s, 0, 30), 0); /* however often it was right long ago */
+	CHECK_EQ(om_speculation_room(&s), 0);
+
+	for (int i = 1; i < OM_SPECULATION_PROBE; i++) {
+		om_speculation_access(&s, true);
+		om_speculation_access(&s, false);
+		CHECK_EQ(om_speculation_room(&s), 0);
+	}
+	om_speculation_access(&s, true);
+	CHECK_EQ(om_speculation_room(&s), 1);
+	om_speculation_issue(&s);
+	CHECK_EQ(om_speculation_room(&s), 0);
+	om_speculation_end(&s, true);
+	CHECK_EQ(s.depth, 1);
+	CHECK_EQ(depth_at(&s, 100, 200), OM_SPECULATION_MOST);
+}
+
+/* What is never used nor goes is given up. */
+static void budget_of_the_stale(void)
+{
+	struct om_speculation s;
+
+	om_speculation_init(&s);
+	CHECK_EQ(depth_at(&s, 100, 200), OM_SPECULATION_MOST);
+	while (om_speculation_room(&s))
+		om_speculation_issue(&s);
+	for (int i = 1; i < OM_SPECULATION_PATIENCE; i++)
+		om_speculation_access(&s, true);
+	CHECK_EQ(om_speculation_room(&s), 0);
+	om_speculation_access(&s, true);
+	CHECK(om_speculation_room(&s) > 0);
+	CHECK_EQ(s.wasted_count, OM_SPECULATION_MOST);
+	om_speculation_end(&s, true); /* late, after all */
+	CHECK_EQ(s.open, 0);
+}
+
+/* A cache that keeps nothing but what was issued, until it is used or 32 accesses old. */
+struct bettor {
+	struct om_pattern p;
+	struct om_speculation s;
+	uint32_t issued_at[SPACE]; /* 1 + the access; 0: not there */
+	uint32_t accesses, open;
+};
+
+static void bettor_access(struct bettor *b, uint32_t id)
+{
+	bool bet = om_pattern_trusted(&b->p), foretold = om_pattern_access(&b->p, id);
+	uint32_t ahead;
+
+	b->accesses++;
+	om_speculation_access(&b->s, bet && foretold);
+	for (uint32_t i = 0; i < SPACE; i++) {
+		if (!b->issued_at[i] || (i != id && b->accesses - b->issued_at[i] < 32))
+			continue;
+		om_speculation_end(&b->s, i == id);
+		b->issued_at[i] = 0;
+	}
+	for (size_t k = 0; om_pattern_trusted(&b->p) && k < 2 * OM_SPECULATION_MOST; k++) {
+		if (!om_speculation_room(&b->s))
+			break;
+		if (!om_pattern_next(&b->p, k, &ahead) || ahead == id || b->issued_at[ahead])
+			continue;
+		om_speculation_issue(&b->s);
+		b->issued_at[ahead] = b->accesses;
+	}
+	CHECK(b->s.open <= OM_SPECULATION_MOST);
+	CHECK_EQ(b->s.issued_count, b->s.used_count + b->s.wasted_count + b->s.open);
+}
+
+/* Follows the forecast while nothing is bet on it, and not while something is. */
+static void bets_against_an_adversary(void)
+{
+	static struct bettor b;
+	uint32_t id = 0, until;
+
+	CHECK_EQ(om_pattern_init(&b.p, SPACE, NULL, 0), 0);
+	om_speculation_init(&b.s);
+	for (int i = 0; i < 20000; i++) {
+		if (b.s.open || !om_pattern_next(&b.p, 0, &id))
+			do
+				id = (id + 7) % 100;
+			while (b.issued_at[id]);
+		bettor_access(&b, id);
+	}
+	CHECK(b.s.issued_count * 100 < 3 * (uint64_t)b.accesses);
+	CHECK(b.s.issued_count > 20); /* but it goes on probing */
+	CHECK_EQ(b.s.used_count, 0);
+
+	/* The forecast becomes right: a few probes' worth of accesses later it is bet on in full. */
+	until = b.accesses + 4 * OM_SPECULATION_PROBE;
+	for (uint32_t i = 0; b.accesses < until; i++)
+		bettor_access(&b, 200 + i % 50);
+	CHECK_EQ(b.s.depth, OM_SPECULATION_MOST);
+	om_pattern_fini(&b.p);
+}
+
+static void bets_as_things_change(void)
+{
+	static struct bettor b;
+	unsigned long long seed = 9;
+	uint64_t issued;
+
+	CHECK_EQ(om_pattern_init(&b.p, SPACE, NULL, 0), 0);
+	om_speculation_init(&b.s);
+	for (uint32_t i = 0; i < 5000; i++)
+		bettor_access(&b, i % 200);
+	CHECK_EQ(b.s.depth, OM_SPECULATION_MOST);
+	CHECK(b.s.used_count > 4700);
+	CHECK_EQ(b.s.wasted_count, 0);
+
+	issued = b.s.issued_count;
+	for (uint32_t i = 0; i < 5000; i++)
+		bettor_access(&b, (uint32_t)(om_test_random(&seed) % SPACE));
+	CHECK(b.s.issued_count - issued < 20);
+
+	issued = b.s.used_count;
+	for (uint32_t i = 0; i < 5000; i++)
+		bettor_access(&b, 300 + i % 200);
+	CHECK_EQ(b.s.depth, OM_SPECULATION_MOST);
+	CHECK(b.s.used_count - issued > 4500);
+	om_pattern_fini(&b.p);
+}
+
 int main(void)
 {
 	declared_order();
@@ -602,5 +766,10 @@ int main(void)
 	like_history(0, false, 7);
 	foretells_cycles();
 	abstains_at_random();
+	budget_of_the_right();
+	budget_by_share();
+	budget_of_the_stale();
+	bets_against_an_adversary();
+	bets_as_things_change();
 	return 0;
 }
