@@ -83,10 +83,17 @@ struct om_group_stats {
 	uint64_t swapped; /* blocks whose only bytes lie below HOST, written there by the store */
 	uint64_t host_bytes, host_peak_bytes, disk_bytes; /* extents of their copies */
 	uint64_t issued, used; /* blocks fetched because they were foretold, and of those, used */
+	/* Of the last accesses, 1024 at most: those of a block that had been accessed within as many, those
+	 * that went on with the block just accessed, those that were foretold. */
+	uint64_t recent, reused, repeated, foretold;
 	struct om_traffic traffic;
 	char trouble[OM_ERROR_TEXT]; /* why the last swapping out stopped early; "": it did not */
 };
 int om_store_group_stats(struct om_store *s, const char *group, struct om_group_stats *ret);
+
+/* Learn in what order a group's blocks are accessed, and fetch ahead of demand what is foretold, into free
+ * room, as long as most of it is used; or stop that. */
+int om_store_foresee(struct om_store *s, const char *group, bool on);
 
 /* Who goes first when a group has to give: "lru" (what groups begin with), "clock", "s3fifo", "sieve" or
  * "adaptive". What the former policy had learned is forgotten. OM_EVALUE: another one. */
@@ -150,12 +157,13 @@ struct om_stats {
 	/* leases that found the bytes in HOST, or did not; asked for again after OM_EBUSY: counted once */
 	uint64_t hits, misses;
 	uint64_t fills, drops, writes; /* copies brought in, dropped for free, written to DISK */
-	uint64_t read_bytes, written_bytes; /* of device I/O, supersets included */
+	uint64_t read_bytes, written_bytes;   /* of device I/O, supersets included */
 	uint64_t read_busy_ns, write_busy_ns; /* with at least one in flight */
-	uint64_t read_p50_ns, read_p99_ns;    /* of one request, from its issue on; 0: there was none */
+	uint64_t read_p50_ns,
+		read_p99_ns; /* of one request, from its issue on; 0: there was none */
 	uint64_t write_p50_ns, write_p99_ns;
 	unsigned in_flight, depth; /* requests now, and at most */
-	uint64_t stall_ns;                  /* threads waited for bytes */
+	uint64_t stall_ns;         /* threads waited for bytes */
 	/* speculation: issued, used, dropped unused */
 	uint64_t prefetches, prefetch_hits, prefetch_waste;
 	uint64_t verified_bytes, rereads, corrupt;
@@ -254,6 +262,14 @@ struct om_block_state {
 };
 /* Never fails: of a removed block it tells what is left. */
 void om_block_state(struct om_store *s, struct om_block *b, struct om_block_state *ret);
+struct om_outlook {
+	uint64_t accesses, most_accesses; /* of the block, and of that of its group with the most */
+	uint64_t age; /* accesses of the group since its last one, that included; 0: long ago */
+	uint64_t distance; /* accesses until it is expected; UINT64_MAX: it is not foretold */
+};
+/* How likely it is that a block is wanted soon; a group that foresees nothing knows of no age and no
+ * distance. */
+int om_block_outlook(struct om_store *s, struct om_block *b, struct om_outlook *ret);
 /* The blocks of a group with the most accesses (`most`) or the fewest, at most `count`, in that order.
  * Each *ret is a reference. Walks all blocks. */
 int om_store_ranked(struct om_store *s, const char *group, bool most, size_t count,

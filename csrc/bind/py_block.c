@@ -210,6 +210,22 @@ static PyObject *block_mark(PyObject *self, PyObject *args)
 	return code ? py_raise(code) : Py_NewRef(Py_None);
 }
 
+/* (accesses, the most of any block, accesses since its last or 0, accesses until it is expected or
+ * None) */
+static PyObject *block_outlook(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+	struct py_block *o = bound(self);
+	struct om_outlook l;
+	int code = o ? om_block_outlook(o->core->s, o->b, &l) : 0;
+
+	if (!o || code)
+		return o ? py_raise(code) : NULL;
+	return Py_BuildValue("(KKKN)", (unsigned long long)l.accesses,
+	                     (unsigned long long)l.most_accesses, (unsigned long long)l.age,
+	                     l.distance == UINT64_MAX ? Py_NewRef(Py_None)
+	                                              : PyLong_FromUnsignedLongLong(l.distance));
+}
+
 static int call_lease_packed(void *arg, uint64_t deadline_ns)
 {
 	struct bytes_call *c = arg;
@@ -278,6 +294,8 @@ static PyMethodDef block_methods[] = {
 	{ "__dlpack_device__", py_export_device, METH_NOARGS, NULL },
 	{ "_state", block_state, METH_NOARGS,
 	  "_state($self, /)\n--\n\nWhat the core knows; None: unbound." },
+	{ "_outlook", block_outlook, METH_NOARGS,
+	  "_outlook($self, /)\n--\n\nAccesses, the most of any block, age, distance or None." },
 	{ "_mark", block_mark, METH_VARARGS, "_mark($self, pinned, tag, /)\n--\n\nSet both." },
 	{ "_lease_packed", block_lease_packed, METH_NOARGS,
 	  "_lease_packed($self, /)\n--\n\nThe encoded bytes and who encoded them, or None." },

@@ -138,14 +138,16 @@ static PyObject *store_exit(PyObject *self, PyObject *const *Py_UNUSED(args),
 static PyObject *store_group(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
                              PyObject *kwnames)
 {
-	static const char *const names[] = { "name", "host_limit", "policy", NULL };
-	PyObject *a[3] = { NULL };
+	static const char *const names[] = { "name", "host_limit", "policy", "foresee", NULL };
+	PyObject *a[4] = { NULL };
 	struct py_core *core = py_store_core(self);
 	const char *name, *policy;
 	uint64_t limit;
-	int code;
+	int code, foresee = -1;
 
-	if (!core || py_args("group", args, nargs, kwnames, names, 2, 3, a))
+	if (!core || py_args("group", args, nargs, kwnames, names, 2, 4, a))
+		return NULL;
+	if (a[3] && a[3] != Py_None && (foresee = PyObject_IsTrue(a[3])) < 0)
 		return NULL;
 	name = py_text(a[0], "name");
 	if (!name || py_size(a[1], "host_limit", &limit) ||
@@ -153,6 +155,8 @@ static PyObject *store_group(PyObject *self, PyObject *const *args, Py_ssize_t n
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS code = policy ? om_store_policy(core->s, name, policy) : 0;
 	code = code ? code : om_store_group(core->s, name, limit);
+	if (!code && foresee >= 0)
+		code = om_store_foresee(core->s, name, foresee);
 	Py_END_ALLOW_THREADS return py_done(code);
 }
 
@@ -481,11 +485,13 @@ PyDoc_STRVAR(check_doc, "check($self, /)\n--\n\nRaise CorruptError when an invar
 PyDoc_STRVAR(trim_doc,
              "trim($self, reserve=0)\n--\n\n"
              "Give memory that no block uses back to the system, but for `reserve` bytes.");
-PyDoc_STRVAR(group_doc,
-             "group($self, name, host_limit, policy=None)\n--\n\n"
-             "Limit the bytes in memory of a group of blocks; 0: only the store's limit binds.\n"
-             "`policy` says who goes first: lru, clock, s3fifo, sieve or adaptive.\n"
-             "Lowering the limit moves idle blocks out, as far as leases allow.");
+PyDoc_STRVAR(
+	group_doc,
+	"group($self, name, host_limit, policy=None, foresee=None)\n--\n\n"
+	"Limit the bytes in memory of a group of blocks; 0: only the store's limit binds.\n"
+	"`policy` says who goes first: lru, clock, s3fifo, sieve or adaptive.\n"
+	"Lowering the limit moves idle blocks out, as far as leases allow. `foresee`: learn the\n"
+	"order of accesses, and fetch ahead of demand what is foretold.");
 PyDoc_STRVAR(close_doc, "close($self, /)\n--\n\n"
                         "Stop the threads and free what nobody sees; live views keep their bytes.");
 

@@ -138,6 +138,8 @@ void om_block_access(struct om_block *b)
 	struct om_policy *p = b->group->policy;
 
 	p->ops->access(p, b->slot, om_block_host_bytes(b), b->host != OM_COPY_NONE);
+	if (b->group->foresight && !b->inner)
+		om_foresight_access(b->group->foresight, b);
 }
 
 static void become_member(struct om_block *b)
@@ -183,6 +185,8 @@ static void free_host(struct om_block *b, struct om_pool *p, bool evicted)
 	struct om_body *body = b->body;
 	uint64_t bytes = taken(b);
 
+	if (body->guessed)
+		om_foresight_end(b->group->foresight, b, false);
 	count_host(b, -(int64_t)bytes);
 	if (body->foreign) {
 		p->limit_bytes += bytes;
@@ -196,7 +200,7 @@ static void free_host(struct om_block *b, struct om_pool *p, bool evicted)
 		b->group->leaving_bytes -= bytes;
 	body->data = NULL;
 	b->host = OM_COPY_NONE;
-	body->unused = body->guessed = body->touched = false;
+	body->unused = body->touched = false;
 	b->counted = 0;
 	policy->ops->drop(policy, b->slot, evicted);
 	recount(b, was);

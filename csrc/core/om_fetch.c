@@ -428,7 +428,7 @@ static int summon_locked(struct om_store *s, struct om_block *const *blocks, siz
  * a caller who waits in slices counts once. (One that does not come again leaves the next uncounted.) */
 static void count_lease_locked(struct om_store *s, struct om_block *b, struct om_move *m)
 {
-	bool again = b->counted > 0;
+	bool again = b->counted > 0, guessed = b->body->guessed;
 
 	b->counted -= again;
 	if (!again)
@@ -442,6 +442,10 @@ static void count_lease_locked(struct om_store *s, struct om_block *b, struct om
 		s->counters.prefetch_hits += b->body->unused;
 		b->body->unused = false;
 	}
+	if (guessed)
+		om_foresight_end(b->group->foresight, b, true);
+	if (guessed || m) /* the next of a row is fetched behind it */
+		om_foresight_fetch_locked(s, b->group);
 }
 
 void om_fetch_hit_locked(struct om_store *s, struct om_block *b)

@@ -26,6 +26,7 @@ int om_group_create(const char *name, uint64_t capacity, struct om_group **ret)
 void om_group_destroy(struct om_group *g)
 {
 	om_policy_destroy(g->policy);
+	om_foresight_destroy(g->foresight);
 	om_free(g->seats);
 	om_free(g->vacant);
 	om_free(g);
@@ -38,6 +39,8 @@ static int grow(struct om_group *g)
 	int code = om_policy_grow(g->policy, OM_MAX(from + 1, 16u));
 
 	to = g->policy->slots;
+	if (g->foresight)
+		code = code ? code : om_pattern_grow(&g->foresight->pattern, to);
 	code = code ? code : om_policy_grow_array(&g->seats, from, to, sizeof(*g->seats));
 	code = code ? code : om_policy_grow_array(&g->vacant, from, to, sizeof(*g->vacant));
 	if (code)
@@ -64,8 +67,24 @@ void om_group_leave(struct om_group *g, struct om_block *b)
 	assert(g->seats[b->slot] == b && b->host == OM_COPY_NONE);
 	if (g->policy->ops->forget)
 		g->policy->ops->forget(g->policy, b->slot);
+	if (g->foresight)
+		om_pattern_forget(&g->foresight->pattern, b->slot);
 	g->seats[b->slot] = NULL;
 	g->vacant[g->vacant_count++] = b->slot;
+}
+
+int om_group_foresee(struct om_group *g, bool on)
+{
+	if (on == !!g->foresight)
+		return 0;
+	if (on)
+		return om_foresight_create(g->policy->slots, &g->foresight);
+	for (uint32_t slot = 0; slot < g->seat_count; slot++)
+		if (g->seats[slot])
+			g->seats[slot]->body->guessed = false;
+	om_foresight_destroy(g->foresight);
+	g->foresight = NULL;
+	return 0;
 }
 
 int om_group_set_policy(struct om_group *g, const struct om_policy_ops *ops)

@@ -9,6 +9,7 @@
 #define OM_GROUP_H
 
 #include "base/om_list.h"
+#include "core/om_foresight.h"
 #include "core/om_policy.h"
 
 struct om_block;
@@ -31,8 +32,9 @@ struct om_group {
 	char trouble[OM_ERROR_TEXT]; /* why swapping out stopped early; "": it did not */
 	struct om_list ahead;        /* FILLING, not leased: fetched ahead of use */
 	struct om_policy *policy;
-	struct om_block **seats; /* by slot; NULL: vacant */
-	uint32_t *vacant;        /* slots, a stack */
+	struct om_foresight *foresight; /* NULL: nothing is foretold, nothing fetched ahead */
+	struct om_block **seats;        /* by slot; NULL: vacant */
+	uint32_t *vacant;               /* slots, a stack */
 	uint32_t vacant_count, seat_count;
 	struct om_group_check {
 		uint64_t bytes, disk_bytes, foreign_bytes, blocks, leases, pinned, swapped, idle;
@@ -47,6 +49,8 @@ void om_group_destroy(struct om_group *g);
 /* A seat for a block, and giving it up: nothing of the block is remembered. */
 int om_group_join(struct om_group *g, struct om_block *b);
 void om_group_leave(struct om_group *g, struct om_block *b);
+/* Begin to foretell what is asked for next, or leave it. */
+int om_group_foresee(struct om_group *g, bool on);
 /* Another policy, which begins with today's members. -ENOMEM leaves the one there was. */
 int om_group_set_policy(struct om_group *g, const struct om_policy_ops *ops);
 /* The policy's choice among idle copies that `may` go, or NULL. */

@@ -97,8 +97,7 @@ static bool entry(const struct om_pattern *p, uint32_t age, uint32_t *ret_id)
 	return age <= p->head - p->marks[*ret_id].born;
 }
 
-/* Age of the id's last occurrence; 0: none is remembered. */
-static uint32_t age_of(const struct om_pattern *p, uint32_t id)
+uint32_t om_pattern_age(const struct om_pattern *p, uint32_t id)
 {
 	uint32_t age, there;
 
@@ -157,12 +156,12 @@ static bool step(struct om_pattern *p, uint32_t id, uint32_t age)
 
 bool om_pattern_record(struct om_pattern *p, uint32_t id)
 {
-	return step(p, id, age_of(p, id));
+	return step(p, id, om_pattern_age(p, id));
 }
 
 bool om_pattern_access(struct om_pattern *p, uint32_t id)
 {
-	uint32_t age = age_of(p, id);
+	uint32_t age = om_pattern_age(p, id);
 
 	if (age != 1)
 		return step(p, id, age);
@@ -183,7 +182,7 @@ bool om_pattern_trusted(const struct om_pattern *p)
 
 uint64_t om_pattern_distance(const struct om_pattern *p, uint32_t id, uint64_t most)
 {
-	uint32_t age = age_of(p, id);
+	uint32_t age = om_pattern_age(p, id);
 
 	if (!om_pattern_trusted(p) || !age || age > p->lag)
 		return OM_PATTERN_UNKNOWN;

@@ -79,6 +79,8 @@ bool om_pattern_access(struct om_pattern *p, uint32_t id);
 /* The id expected `ahead` accesses from now (0: the next). False when unknown, which those behind it
  * need not be: a forgotten id leaves a gap. */
 bool om_pattern_next(const struct om_pattern *p, size_t ahead, uint32_t *ret_id);
+/* Accesses since the id's last one, that included; 0: none is remembered. */
+uint32_t om_pattern_age(const struct om_pattern *p, uint32_t id);
 /* Did the last OM_PATTERN_TRUST accesses match? Then what is foretold is worth a bet. */
 bool om_pattern_trusted(const struct om_pattern *p);
 /*

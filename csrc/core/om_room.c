@@ -62,6 +62,11 @@ static struct om_block *pick_victim(struct om_store *s, struct om_group *only, b
 	return found;
 }
 
+bool om_room_free_locked(struct om_store *s, const struct om_group *g, uint64_t bytes)
+{
+	return group_fits(g, bytes) && om_pool_fits(&s->pool, bytes);
+}
+
 struct om_block *om_room_victim_locked(struct om_store *s, struct om_group *g)
 {
 	return pick_victim(s, g, true, NULL, 0);

@@ -302,6 +302,17 @@ int om_store_policy(struct om_store *s, const char *group, const char *policy)
 	return om_store_leave(s, g ? om_group_set_policy(g, ops) : om_err_last()->code);
 }
 
+int om_store_foresee(struct om_store *s, const char *group, bool on)
+{
+	struct om_group *g;
+	int code = om_store_enter(s);
+
+	if (code)
+		return code;
+	g = om_store_find_group_locked(s, group);
+	return om_store_leave(s, g ? om_group_foresee(g, on) : om_err_last()->code);
+}
+
 struct om_block *om_store_find_locked(struct om_store *s, const char *name)
 {
 	struct om_block *b = om_table_find(&s->table, name);

@@ -117,6 +117,8 @@ int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
 void om_room_shrink_locked(struct om_store *s, struct om_group *g);
 /* The last lease of a block went: when its group is over its limit, a clean copy goes as well. */
 void om_room_released_locked(struct om_store *s, struct om_block *b);
+/* Could `bytes` more be had in `g` without anything giving way? */
+bool om_room_free_locked(struct om_store *s, const struct om_group *g, uint64_t bytes);
 /* The policy's choice among all idle copies of a group, or of those that are no packed form. */
 struct om_block *om_room_victim_locked(struct om_store *s, struct om_group *g);
 struct om_block *om_room_plain_victim_locked(struct om_group *g);

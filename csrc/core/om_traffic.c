@@ -102,7 +102,38 @@ int om_store_group_stats(struct om_store *s, const char *group, struct om_group_
 		.disk_bytes = g->disk_bytes,
 		.traffic = g->traffic,
 	};
+	if (g->foresight) {
+		const struct om_locality *l = &g->foresight->pattern.locality;
+
+		ret->issued = g->foresight->bets.issued_count;
+		ret->used = g->foresight->bets.used_count;
+		ret->recent = l->accesses;
+		ret->reused = l->reused;
+		ret->repeated = l->repeated;
+		ret->foretold = l->foretold;
+	}
 	snprintf(ret->trouble, sizeof(ret->trouble), "%s", g->trouble);
+	return om_store_leave(s, 0);
+}
+
+int om_block_outlook(struct om_store *s, struct om_block *b, struct om_outlook *ret)
+{
+	const struct om_foresight *f;
+	int code = om_store_enter(s);
+
+	if (code)
+		return code;
+	if (!b->named)
+		return om_store_leave(s, om_err(OM_ENAME, "block '%s' was removed", b->name));
+	f = b->group->foresight;
+	*ret = (struct om_outlook){ .accesses = b->accesses,
+		                    .most_accesses = b->accesses,
+		                    .distance = UINT64_MAX };
+	if (f && b->body) {
+		ret->most_accesses = OM_MAX(f->most_accesses, b->accesses);
+		ret->age = om_pattern_age(&f->pattern, b->slot);
+		ret->distance = om_pattern_distance(&f->pattern, b->slot, OM_PATTERN_WINDOW);
+	}
 	return om_store_leave(s, 0);
 }
 

@@ -81,6 +81,14 @@ class GroupStats:
     """Blocks fetched because they were foretold."""
     used: int
     """Of these, used."""
+    recent: int
+    """Accesses remembered, 1024 at most; the next three are of these."""
+    reused: int
+    """Those of a block that had been accessed within as many before."""
+    repeated: int
+    """Those that went on with the block just accessed."""
+    foretold: int
+    """Those that the order of accesses had foretold."""
     hits: int
     """Accesses that found the bytes in memory."""
     misses: int
