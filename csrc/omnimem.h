@@ -357,6 +357,35 @@ int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret);
 /* Lets all its leases go and forgets. Views keep their bytes. */
 void om_stream_free(struct om_stream *st);
 
+/* ---- a policy for bytes that somebody else keeps ---- */
+
+/* Who goes next among members that the caller moves himself, by the policies that stores use. An id
+ * is known by its slot, a small number from 0; one that is no member is OM_ENAME. Not thread safe:
+ * the caller serialises. */
+struct om_ranking;
+/* `policy`: as in om_store_policy; OM_EVALUE: another one. `capacity`: the bytes that members can
+ * have together, for policies that want to know; 0: the most that they had so far. */
+int om_ranking_create(const char *policy, uint64_t capacity, struct om_ranking **ret);
+void om_ranking_free(struct om_ranking *r);
+/* A member comes in, last used at `used_at` (any clock). LRU gives it its place by that time, after
+ * those of the same time, in as many steps as members were used later; to other policies it is used
+ * now. `known`: the slot that its id has or had, else -1; a member is added anew. Returns the slot,
+ * or an error: OM_EVALUE for no bytes, for more than 2^63 in all, for a time that is not finite.
+ * The slot may be that of an id that was removed, whose `known` is -1 from then on: the one removed
+ * first goes first, and a policy that learns about ids that are gone keeps the last 1024 of them, or
+ * 8 for each member if that is more. */
+int64_t om_ranking_add(struct om_ranking *r, int64_t known, uint64_t bytes, double used_at);
+/* Is no member any more; it made way for others, and may come back. */
+int om_ranking_remove(struct om_ranking *r, int64_t slot);
+/* A member is used now: at `used_at`, or when the last use was if that is later. */
+int om_ranking_access(struct om_ranking *r, int64_t slot, double used_at);
+/* Whether a member is passed by; until its next use, or until it is added anew. */
+int om_ranking_pass(struct om_ranking *r, int64_t slot, bool pass);
+/* The member to give up, -1 when there is none that is not passed by. It stays one until it is removed.
+ * Who finds that it cannot go passes it by and asks again: the policy goes on where it was. So what
+ * cannot go is judged when it is chosen, and not before (under CLOCK, after its second chance). */
+int64_t om_ranking_victim(struct om_ranking *r);
+
 /* ---- memory pressure ---- */
 
 struct om_memory {

@@ -21,6 +21,8 @@ struct om_policy;
 
 /* May this slot go now? NULL stands for "any". */
 typedef bool om_may(void *arg, uint32_t slot);
+/* Was this slot used later than the one in question? */
+typedef bool om_later(void *arg, uint32_t slot);
 
 struct om_policy_ops {
 	const char *name;
@@ -31,6 +33,9 @@ struct om_policy_ops {
 	/* The slot is asked for; `hit`: it is a member. Before anything makes room for it. */
 	void (*access)(struct om_policy *p, uint32_t slot, uint64_t bytes, bool hit);
 	void (*add)(struct om_policy *p, uint32_t slot, uint64_t bytes); /* is a member now */
+	/* The slot, just added, was last used before those that are `later`: it takes its place
+	 * behind them. NULL: what counts is the order of the calls. */
+	void (*sink)(struct om_policy *p, uint32_t slot, om_later *later, void *arg);
 	/* A member to give up, or OM_NIL when none may go. It stays one until `drop`. */
 	uint32_t (*victim)(struct om_policy *p, om_may *may, void *arg);
 	/* Is no member any more; `evicted`: made way for others, so that it may be remembered. */
@@ -77,15 +82,27 @@ static inline void om_chain_init(struct om_chain *c)
 	c->count = 0;
 }
 
-static inline void om_chain_push(struct om_chain *c, struct om_link *links, uint32_t slot)
+/* Next to `older`; OM_NIL: at the old end. */
+static inline void om_chain_put(struct om_chain *c, struct om_link *links, uint32_t slot,
+                                uint32_t older)
 {
-	links[slot] = (struct om_link){ OM_NIL, c->newest };
-	if (c->newest == OM_NIL)
+	uint32_t newer = older == OM_NIL ? c->oldest : links[older].newer;
+
+	links[slot] = (struct om_link){ newer, older };
+	if (newer == OM_NIL)
+		c->newest = slot;
+	else
+		links[newer].older = slot;
+	if (older == OM_NIL)
 		c->oldest = slot;
 	else
-		links[c->newest].newer = slot;
-	c->newest = slot;
+		links[older].newer = slot;
 	c->count++;
+}
+
+static inline void om_chain_push(struct om_chain *c, struct om_link *links, uint32_t slot)
+{
+	om_chain_put(c, links, slot, c->newest);
 }
 
 static inline void om_chain_del(struct om_chain *c, struct om_link *links, uint32_t slot)

@@ -2,6 +2,7 @@
  * policy_lru: least recently used.
  *
  *   asked for: to the new end of the list     victim: the old end
+ *   added with a use in the past: from the new end back past those used later
  */
 #include "base/om_base.h"
 #include "core/om_policy.h"
@@ -55,6 +56,19 @@ static void access(struct om_policy *p, uint32_t slot, uint64_t bytes, bool hit)
 	add(p, slot, bytes);
 }
 
+static void sink(struct om_policy *p, uint32_t slot, om_later *later, void *arg)
+{
+	struct lru *l = (struct lru *)p;
+	uint32_t at = l->links[slot].older;
+
+	if (at == OM_NIL || !later(arg, at))
+		return;
+	om_chain_del(&l->all, l->links, slot);
+	while (at != OM_NIL && later(arg, at))
+		at = l->links[at].older;
+	om_chain_put(&l->all, l->links, slot, at);
+}
+
 static uint32_t victim(struct om_policy *p, om_may *may, void *arg)
 {
 	struct lru *l = (struct lru *)p;
@@ -73,6 +87,7 @@ const struct om_policy_ops om_policy_lru = {
 	.grow = grow,
 	.access = access,
 	.add = add,
+	.sink = sink,
 	.victim = victim,
 	.drop = drop,
 };
