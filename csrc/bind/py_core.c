@@ -268,6 +268,7 @@ static const struct {
 	{ "Stream", &py_stream_spec, &py_stream_type },
 	{ "Pressure", &py_pressure_spec, &py_pressure_type },
 	{ "Block", &py_block_spec, &py_block_type },
+	{ "Ranking", &py_ranking_spec, &py_ranking_type },
 };
 #define TYPES (sizeof(types) / sizeof(types[0]))
 

@@ -266,6 +266,37 @@ class Pressure:
     @thresholds.setter
     def thresholds(self, value: Sequence[float]) -> None: ...
 
+@final
+class Ranking:
+    """Who goes next among members kept elsewhere; each is known by a slot, a number from 0.
+
+    A slot that is no member is a `KeyError`. Not thread safe.
+    """
+
+    def __new__(cls, policy: str, capacity: int = 0) -> Self: ...
+    def add(self, known: int, size: int, used_at: float, /) -> int:
+        """The slot of a member that comes in; `known`: its former slot, or -1.
+
+        The slot of a removed member may be given to another.
+
+        Raises
+        ------
+        ValueError
+            A size of 0 bytes or too many, a time that is not finite.
+        """
+
+    def remove(self, slot: int, /) -> None:
+        """Is no member any more."""
+
+    def access(self, slot: int, used_at: float, /) -> None:
+        """Is used: nobody is more recent."""
+
+    def pass_by(self, slot: int, passed: bool, /) -> None:
+        """Whether `victim` passes it by, until its next use."""
+
+    def victim(self) -> int | None:
+        """The slot of the member to give up, or None."""
+
 def memory(root: str | None = None) -> tuple[int, int, str]:
     """(total, available, source) of the tightest of system and cgroups, in bytes."""
 
