@@ -19,12 +19,21 @@ from omnimem.errors import (
 from omnimem.pressure import MemoryPressureLevel, MemoryPressureMonitor
 from omnimem.simulation import SimulationResult, simulate
 from omnimem.store import BlockInfo, Store, StoreStats, TierStats
+from omnimem.swap_algorithms import (
+    AdaptiveSwapAlgorithm,
+    BaseSwapAlgorithm,
+    ClockSwapAlgorithm,
+    LRUSwapAlgorithm,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveSwapAlgorithm",
+    "BaseSwapAlgorithm",
     "BlockInfo",
     "BusyError",
+    "ClockSwapAlgorithm",
     "ClosedError",
     "CorruptError",
     "DeviceError",
@@ -32,6 +41,7 @@ __all__ = [
     "Error",
     "FormatError",
     "IOFailure",
+    "LRUSwapAlgorithm",
     "Lease",
     "LimitError",
     "MemoryPressureLevel",
