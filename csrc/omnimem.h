@@ -126,8 +126,9 @@ int om_store_remove(struct om_store *s, const char *name);
 /* 1: no longer in HOST; 0: leased, still there; negative: error (the bytes are still in HOST). */
 int om_store_evict(struct om_store *s, const char *name, uint64_t deadline_ns);
 bool om_store_contains(struct om_store *s, const char *name);
-/* All names, in the order of adding, as one om_alloc'ed array of om_alloc'ed strings. */
-int om_store_names(struct om_store *s, char ***ret, size_t *ret_count);
+/* All names, or those of one group (NULL: all), in the order of adding, as one om_alloc'ed array of
+ * om_alloc'ed strings. */
+int om_store_names(struct om_store *s, const char *group, char ***ret, size_t *ret_count);
 void om_names_free(char **names, size_t count);
 
 enum om_tier_bit { OM_TIER_HOST = 1, OM_TIER_DISK = 2 };
@@ -163,6 +164,7 @@ struct om_stats {
 		read_p99_ns; /* of one request, from its issue on; 0: there was none */
 	uint64_t write_p50_ns, write_p99_ns;
 	unsigned in_flight, depth; /* requests now, and at most */
+	unsigned moves;            /* copies on their way now */
 	uint64_t stall_ns;         /* threads waited for bytes */
 	/* speculation: issued, used, dropped unused */
 	uint64_t prefetches, prefetch_hits, prefetch_waste;
@@ -280,8 +282,8 @@ int om_store_ranked(struct om_store *s, const char *group, bool most, size_t cou
 struct om_swapped {
 	uint64_t blocks, bytes; /* that left HOST by this call */
 };
-/* Move idle blocks of a group out, as its policy says, until `bytes` of HOST are free, nothing more can
- * go, or the disk refuses (see om_group_stats.trouble). One thread. om_swap_wait returns 0 when it is done
+/* Move idle blocks of a group out, as its policy says, until `bytes` of HOST are free (0: until what is on
+ * its way out is out), nothing more can go, or the disk refuses (see om_group_stats.trouble). One thread. om_swap_wait returns 0 when it is done
  * and their memory is the system's again, but for a warm reserve; OM_EBUSY at the deadline: call again to
  * go on. What is being written when om_swap_end is called goes on. */
 struct om_swap;

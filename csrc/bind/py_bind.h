@@ -141,6 +141,7 @@ PyObject *py_store_trim(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_store_group_stats(PyObject *, PyObject *);
 PyObject *py_store_ranked(PyObject *, PyObject *);
 PyObject *py_store_events(PyObject *, PyObject *);
+PyObject *py_same_bytes(PyObject *, PyObject *);
 
 /* simulate (py_simulate.c), memory (py_pressure.c). */
 PyObject *py_simulate(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);

@@ -243,6 +243,8 @@ static PyMethodDef functions[] = {
 	  "_fault_points()\n--\n\nNames of all fault points." },
 	{ "_dtype_code", dtype_code, METH_O,
 	  "_dtype_code(dtype, /)\n--\n\nDLPack (code, bits, lanes) of an element type's name." },
+	{ "_same_bytes", py_same_bytes, METH_VARARGS,
+	  "_same_bytes(a, b, /)\n--\n\nWhether two buffers or tensors hold the same bytes." },
 	{ "_block_setup", py_block_setup, METH_VARARGS,
 	  "_block_setup(type, unpacker, /)\n--\n\nThe class made for blocks, and who decodes them." },
 	{ "memory", PY_FAST(py_memory), PY_FAST_FLAGS,

@@ -312,17 +312,22 @@ static int store_contains(PyObject *self, PyObject *name)
 	return om_store_contains(core->s, text);
 }
 
-static PyObject *store_names(PyObject *self, PyObject *Py_UNUSED(unused))
+static PyObject *store_names(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                             PyObject *kwnames)
 {
+	static const char *const keywords[] = { "group", NULL };
+	PyObject *given[1] = { NULL };
 	struct py_core *core = py_store_core(self);
+	const char *group;
 	PyObject *list;
 	char **names;
 	size_t count;
 	int code;
 
-	if (!core)
+	if (!core || py_args("names", args, nargs, kwnames, keywords, 0, 1, given) ||
+	    py_text_or_null(given[0], "group", &group))
 		return NULL;
-	code = om_store_names(core->s, &names, &count);
+	code = om_store_names(core->s, group, &names, &count);
 	if (code)
 		return py_raise(code);
 	list = PyList_New((Py_ssize_t)count);
@@ -430,6 +435,7 @@ static PyObject *stats_dict(const struct om_stats *s)
 		{ "io_errors", s->io_errors },
 		{ "io_in_flight", s->in_flight },
 		{ "io_depth", s->depth },
+		{ "moves", s->moves },
 	};
 	PyObject *dict = PyDict_New();
 	int failed = !dict;
@@ -478,7 +484,8 @@ PyDoc_STRVAR(evict_doc, "evict($self, name, timeout=30.0)\n--\n\n"
                         "Move a block out of memory; False when it is leased.");
 PyDoc_STRVAR(remove_doc, "remove($self, name, /)\n--\n\n"
                          "Free the name now, the bytes with the last lease.");
-PyDoc_STRVAR(names_doc, "names($self, /)\n--\n\nAll names in the order of adding.");
+PyDoc_STRVAR(names_doc, "names($self, group=None)\n--\n\n"
+                        "All names, or those of one group, in the order of adding.");
 PyDoc_STRVAR(info_doc, "_info($self, name, /)\n--\n\nThe fields of BlockInfo, as a tuple.");
 PyDoc_STRVAR(stats_doc, "_stats($self, /)\n--\n\nThe fields of StoreStats, as a dict.");
 PyDoc_STRVAR(check_doc, "check($self, /)\n--\n\nRaise CorruptError when an invariant is broken.");
@@ -507,7 +514,7 @@ static PyMethodDef store_methods[] = {
 	{ "prefetch", PY_FAST(py_store_prefetch), PY_FAST_FLAGS, prefetch_doc },
 	{ "evict", PY_FAST(store_evict), PY_FAST_FLAGS, evict_doc },
 	{ "remove", store_remove, METH_O, remove_doc },
-	{ "names", store_names, METH_NOARGS, names_doc },
+	{ "names", PY_FAST(store_names), PY_FAST_FLAGS, names_doc },
 	{ "_info", store_info, METH_O, info_doc },
 	{ "_stats", store_stats, METH_NOARGS, stats_doc },
 	{ "check", store_check, METH_NOARGS, check_doc },
@@ -539,12 +546,26 @@ static PyMethodDef store_methods[] = {
 	{ NULL, NULL, 0, NULL },
 };
 
+/* Who encoded blocks of the store, by number. */
+static PyObject *get_codecs(PyObject *self, void *Py_UNUSED(unused))
+{
+	struct py_core *core = py_store_core(self);
+
+	return core ? Py_NewRef(core->codecs) : NULL;
+}
+
+static PyGetSetDef store_getset[] = {
+	{ "_codecs", get_codecs, NULL, "Who encoded blocks, by number.", NULL },
+	{ NULL, NULL, NULL, NULL, NULL },
+};
+
 static PyType_Slot store_slots[] = {
 	{ Py_tp_doc, "A store of named blocks in HOST and DISK (see omnimem.Store)." },
 	{ Py_tp_init, store_init },
 	{ Py_tp_new, PyType_GenericNew },
 	{ Py_tp_dealloc, store_dealloc },
 	{ Py_tp_methods, store_methods },
+	{ Py_tp_getset, store_getset },
 	{ Py_sq_contains, store_contains },
 	{ 0, NULL },
 };

@@ -169,6 +169,26 @@ out:
 	return list;
 }
 
+PyObject *py_same_bytes(PyObject *Py_UNUSED(module), PyObject *args)
+{
+	PyObject *a, *b, *result;
+	struct py_data one, two;
+	bool same;
+
+	if (!PyArg_ParseTuple(args, "OO:_same_bytes", &a, &b) || py_data_init(&one, a, true))
+		return NULL;
+	if (py_data_init(&two, b, true)) {
+		py_data_fini(&one);
+		return NULL;
+	}
+	Py_BEGIN_ALLOW_THREADS same = one.nbytes == two.nbytes &&
+	                              !memcmp(one.data, two.data, one.nbytes);
+	Py_END_ALLOW_THREADS result = PyBool_FromLong(same);
+	py_data_fini(&one);
+	py_data_fini(&two);
+	return result;
+}
+
 /* ---- events ---- */
 
 #define BATCH 512

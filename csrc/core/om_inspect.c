@@ -7,7 +7,7 @@
 
 #define LLU(x) ((unsigned long long)(x))
 
-int om_store_names(struct om_store *s, char ***ret, size_t *ret_count)
+int om_store_names(struct om_store *s, const char *group, char ***ret, size_t *ret_count)
 {
 	char **names;
 	size_t n = 0;
@@ -20,7 +20,7 @@ int om_store_names(struct om_store *s, char ***ret, size_t *ret_count)
 	OM_LIST_FOREACH(link, &s->blocks) {
 		const struct om_block *b = om_container_of(link, struct om_block, all);
 
-		if (code || !b->named || b->inner)
+		if (code || !b->named || b->inner || (group && strcmp(group, b->group->name)))
 			continue;
 		names[n] = om_strdup(b->name);
 		if (names[n])
@@ -96,6 +96,7 @@ int om_store_stats(struct om_store *s, struct om_stats *ret)
 	ret->write_p50_ns = om_latency_quantile(&s->write_latency, 0.5);
 	ret->write_p99_ns = om_latency_quantile(&s->write_latency, 0.99);
 	ret->depth = s->io_config.depth;
+	ret->moves = s->moves;
 	ret->blocks = s->table.count;
 	ret->exported_bytes = __atomic_load_n(&s->exported_bytes, __ATOMIC_RELAXED);
 	om_mutex_unlock(&s->lock);

@@ -127,11 +127,14 @@ int om_swap_wait(struct om_swap *w, uint64_t deadline_ns)
 	if (code)
 		return code;
 	while (!code && !s->closing) {
-		bool more = !w->enough && w->done.bytes + w->pending < w->want;
+		uint64_t leaving = OM_MAX(w->pending, g->leaving_bytes); /* of other threads too */
+		bool more = !w->enough && w->done.bytes + leaving < w->want;
 		struct om_block *b = more && w->count < UNDER_WAY ? om_room_victim_locked(s, g)
 		                                                  : NULL;
 
-		if (om_now() >= deadline_ns && (b || w->count))
+		bool wait = w->count || (!w->want && leaving) || (more && !b && leaving);
+
+		if (om_now() >= deadline_ns && (b || wait))
 			code = om_err(OM_EBUSY,
 			              "group '%s': %llu bytes are still moving at the deadline",
 			              g->name, (unsigned long long)w->pending);
@@ -139,6 +142,8 @@ int om_swap_wait(struct om_swap *w, uint64_t deadline_ns)
 			begin_one_locked(w, b);
 		else if (w->count)
 			code = settle_oldest_locked(w, deadline_ns);
+		else if (wait)
+			om_store_wait_locked(s, deadline_ns);
 		else
 			break;
 	}

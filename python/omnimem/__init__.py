@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from omnimem import checkpoint as checkpoint
 from omnimem._core import Lease, Ticket, Window
+from omnimem.block import MemoryBlock, MemoryRegionType
 from omnimem.config import StoreConfig, format_size, parse_size
 from omnimem.errors import (
     BusyError,
@@ -16,44 +17,72 @@ from omnimem.errors import (
     IOFailure,
     LimitError,
 )
+from omnimem.nvme import NVMeOptimizer
 from omnimem.pressure import MemoryPressureLevel, MemoryPressureMonitor
 from omnimem.simulation import SimulationResult, simulate
-from omnimem.store import BlockInfo, Store, StoreStats, TierStats
+from omnimem.store import BlockInfo, Event, GroupStats, Store, StoreStats, TierStats
+from omnimem.swap import (
+    AdvancedMemorySwapper,
+    Cache,
+    CompressionManager,
+    SwapAlgorithm,
+    SwapStats,
+)
 from omnimem.swap_algorithms import (
     AdaptiveSwapAlgorithm,
     BaseSwapAlgorithm,
     ClockSwapAlgorithm,
     LRUSwapAlgorithm,
 )
+from omnimem.swap_setup import (
+    create_advanced_memory_swapper,
+    create_optimized_swapping_system,
+    integrate_with_qwen3_vl,
+    integrate_with_qwen3_vl_swapping,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveSwapAlgorithm",
+    "AdvancedMemorySwapper",
     "BaseSwapAlgorithm",
     "BlockInfo",
     "BusyError",
+    "Cache",
     "ClockSwapAlgorithm",
     "ClosedError",
+    "CompressionManager",
     "CorruptError",
     "DeviceError",
     "DiskFullError",
     "Error",
+    "Event",
     "FormatError",
+    "GroupStats",
     "IOFailure",
     "LRUSwapAlgorithm",
     "Lease",
     "LimitError",
+    "MemoryBlock",
     "MemoryPressureLevel",
     "MemoryPressureMonitor",
+    "MemoryRegionType",
+    "NVMeOptimizer",
     "SimulationResult",
     "Store",
     "StoreConfig",
     "StoreStats",
+    "SwapAlgorithm",
+    "SwapStats",
     "Ticket",
     "TierStats",
     "Window",
+    "create_advanced_memory_swapper",
+    "create_optimized_swapping_system",
     "format_size",
+    "integrate_with_qwen3_vl",
+    "integrate_with_qwen3_vl_swapping",
     "parse_size",
     "simulate",
 ]

@@ -7,6 +7,8 @@ from typing import Any, Protocol, Self, SupportsIndex, TypeAlias, final, type_ch
 
 from typing_extensions import Buffer
 
+from omnimem.block import MemoryBlock
+
 _Path: TypeAlias = str | bytes | PathLike[str] | PathLike[bytes]
 _Shape: TypeAlias = SupportsIndex | Iterable[SupportsIndex]
 _Extent: TypeAlias = tuple[_Path, int, int]
@@ -95,25 +97,47 @@ class Store:
     def remove(self, name: str, /) -> None:
         """Free the name now, the bytes with the last lease."""
 
-    def names(self) -> list[str]:
-        """All names in the order of adding."""
+    def names(self, group: str | None = None) -> list[str]:
+        """All names, or those of one group, in the order of adding."""
 
     def check(self) -> None:
         """Raise CorruptError when an invariant of the store is broken."""
 
-    def group(self, name: str, host_limit: int, policy: str | None = None) -> None:
+    def group(
+        self,
+        name: str,
+        host_limit: int,
+        policy: str | None = None,
+        foresee: bool | None = None,
+    ) -> None:
         """Limit a group's bytes in memory; 0: only the store's limit binds.
 
         Lowering the limit moves idle blocks out, as far as leases allow. `policy` says who goes
         first: "lru" (what groups begin with), "clock", "s3fifo", "sieve" or "adaptive"; another
-        one begins without what the former had learned.
+        one begins without what the former had learned. `foresee`: learn the order of accesses, and
+        fetch ahead of demand what is foretold, into free room, as long as most of it is used.
         """
+
+    def trim(self, reserve: int = 0) -> None:
+        """Give memory that no block uses back to the system, but for `reserve` bytes."""
 
     def close(self) -> None:
         """Stop the threads and free what nobody sees; live views keep their bytes. Idempotent."""
 
     def _info(self, name: str, /) -> tuple[Any, ...]: ...
     def _stats(self) -> dict[str, Any]: ...
+    def _block(self, name: str, /) -> MemoryBlock | None: ...
+    def _access(self, name: str, /) -> MemoryBlock | None: ...
+    def _add_zeros(self, name: str, nbytes: int, group: str | None = None) -> None: ...
+    def _swap_out(self, group: str, nbytes: int, /) -> tuple[int, int]: ...
+    def _victim(self, group: str, /) -> Lease | None: ...
+    def _pack(self, lease: Lease, data: _Data, codec: int, /) -> bool: ...
+    def _disk(self, directory: _Path | None, limit: int, /) -> None: ...
+    def _group_stats(self, group: str, /) -> dict[str, Any]: ...
+    def _ranked(self, group: str, most: bool, count: int, /) -> list[tuple[str, int]]: ...
+    def _events(self, since: int, /) -> list[tuple[int, float, str, str, str, int, float]]: ...
+    @property
+    def _codecs(self) -> list[Any]: ...
     def __contains__(self, name: object, /) -> bool: ...
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -123,6 +147,29 @@ class Store:
         trace: TracebackType | None = None,
         /,
     ) -> None: ...
+
+class Block:
+    """A block by reference: the base of `omnimem.MemoryBlock`."""
+
+    @property
+    def _name(self) -> str | None: ...
+    @property
+    def _codecs(self) -> list[Any]: ...
+    def _state(self) -> tuple[Any, ...] | None: ...
+    def _outlook(self) -> tuple[int, int, int, int | None]: ...
+    def _mark(self, pinned: bool, tag: int, /) -> None: ...
+    def _lease_packed(self) -> tuple[Lease, int] | None: ...
+    def _unpack(self, plain: _Data, /) -> None: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: object = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> _Capsule: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class Lease:
@@ -297,6 +344,8 @@ class Ranking:
     def victim(self) -> int | None:
         """The slot of the member to give up, or None."""
 
+def _same_bytes(a: _Data, b: _Data, /) -> bool: ...
+def _block_setup(type: Any, unpacker: Any, /) -> None: ...
 def memory(root: str | None = None) -> tuple[int, int, str]:
     """(total, available, source) of the tightest of system and cgroups, in bytes."""
 

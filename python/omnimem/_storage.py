@@ -22,7 +22,7 @@ from omnimem.config import StoreConfig
 from omnimem.errors import Error
 from omnimem.store import Store
 
-__all__ = ["StorageKind", "free_bytes", "ram_file_system", "storage_kind"]
+__all__ = ["StorageKind", "default_directory", "free_bytes", "ram_file_system", "storage_kind"]
 
 SPINNING_MOST_GBPS = 0.3
 """Above what one spinning disk reads: outer tracks of 7200 rpm disks give 0.26 to 0.29 GB/s by
@@ -119,6 +119,19 @@ def ram_file_system(directory: str | os.PathLike[str], root: str = "/") -> str |
     """
     mount = _mount(_existing(directory), root)
     return mount.file_system if mount and mount.file_system in RAM_FILE_SYSTEMS else None
+
+
+def default_directory() -> str:
+    """Where the core puts a swap file by default: the user's cache, else /var/tmp."""
+    cache, home = os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME", "")
+    choices = [
+        *([f"{cache}/omnimem"] if cache.startswith("/") else []),
+        *([f"{home}/.cache/omnimem"] if home.startswith("/") else []),
+    ]
+    for choice in choices:
+        if os.access(_existing(choice), os.W_OK):
+            return choice
+    return "/var/tmp"
 
 
 def free_bytes(directory: str | os.PathLike[str]) -> int:

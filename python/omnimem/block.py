@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from omnimem import _core
 from omnimem.errors import Error
@@ -21,9 +22,67 @@ class MemoryRegionType(Enum):
     TEMPORARY = "temporary"
 
 
+T = TypeVar("T")
+
 REGIONS = tuple(MemoryRegionType)
 # The core's clock is time.monotonic(); users compare with time.time().
 _EPOCH = time.time() - time.monotonic()
+
+
+class _State(NamedTuple):
+    """What the core knows of a bound block (`_core.Block._state`)."""
+
+    nbytes: int
+    created: float
+    accessed: float
+    accesses: int
+    address: int
+    offset: int | None
+    leases: int
+    tag: int
+    named: bool
+    pinned: bool
+    swapped: bool
+    blank: bool
+
+
+class _Field(Generic[T]):
+    """An attribute: read from the core's state, or kept in an unbound block's record."""
+
+    def __init__(self, read: Callable[[_State], T], doc: str) -> None:
+        self._read = read
+        self.__doc__ = doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, block: MemoryBlock | None, owner: type | None = None) -> T:
+        if block is None:
+            return cast(T, self)
+        state = block._state()
+        if state is None:
+            return cast(T, block._record[self._name])
+        return self._read(_State(*state))
+
+    def __set__(self, block: MemoryBlock, value: T) -> None:
+        if block._name is not None:
+            raise AttributeError(f"{self._name} of a bound block is what the core says: read-only")
+        block._record[self._name] = value
+
+
+class _Pinned(_Field[bool]):
+    """The one attribute of a bound block that can be set."""
+
+    def __set__(self, block: MemoryBlock, value: bool) -> None:
+        state = block._state()
+        if state is None:
+            super().__set__(block, value)
+        else:
+            block._mark(value, _State(*state).tag)
+
+
+def _place(offset: int | None) -> str:
+    return "encoded" if offset is None else f"swap file, byte {offset}"
 
 
 class MemoryBlock(_core.Block):
@@ -61,7 +120,7 @@ swap_location, ref_count, pinned, device
     def __init__(
         self,
         *,
-        id: str,  # noqa: A002 - the name is a contract
+        id: str,
         size: int,
         ptr: int = 0,
         region_type: MemoryRegionType = MemoryRegionType.TENSOR_DATA,
@@ -95,109 +154,45 @@ swap_location, ref_count, pinned, device
     @property
     def id(self) -> str:
         """Name of the block."""
-        name: str | None = self._name
-        return self._record["id"] if name is None else name
+        name = self._name
+        return str(self._record["id"]) if name is None else name
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self._get("size")
-
-    @property
-    def ptr(self) -> int:
-        """Address of the bytes; 0 while they are not in memory. It promises nothing: hold a view."""
-        return self._get("ptr")
-
-    @property
-    def region_type(self) -> MemoryRegionType:
-        """What the bytes are for."""
-        return self._get("region_type")
-
-    @property
-    def allocated(self) -> bool:
-        """Whether there are bytes, in memory or below; False before the first access, and after."""
-        return self._get("allocated")
-
-    @property
-    def timestamp(self) -> float:
-        """When the block was made, in seconds since the epoch."""
-        return self._get("timestamp")
-
-    @property
-    def last_access_time(self) -> float:
-        """When it was last accessed, in seconds since the epoch. Registering counts."""
-        return self._get("last_access_time")
-
-    @property
-    def access_count(self) -> int:
-        """Accesses so far. Registering is the first."""
-        return self._get("access_count")
-
-    @property
-    def is_swapped(self) -> bool:
-        """Whether the only whole copy of the bytes lies below memory."""
-        return self._get("is_swapped")
-
-    @property
-    def swap_location(self) -> str | None:
-        """Where the bytes lie while they are swapped out; None: in memory, or nowhere yet."""
-        return self._get("swap_location")
-
-    @property
-    def ref_count(self) -> int:
-        """Views and leases that hold the bytes."""
-        return self._get("ref_count")
-
-    @property
-    def pinned(self) -> bool:
-        """Whether the bytes, once in memory, stay there. Can be set at any time."""
-        return self._get("pinned")
-
-    @property
-    def device(self) -> str:
-        """Where views of it are: "cpu"."""
-        return self._get("device")
-
-    def _get(self, field: str) -> Any:
-        state = self._state()
-        return self._record[field] if state is None else _FIELDS[field](state)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _FIELDS:
-            state = self._state()
-            if state is None:
-                self._record[name] = value
-                return
-            if name == "pinned":
-                self._mark(value, state[7])
-                return
-        super().__setattr__(name, value)
+    size = _Field[int](lambda s: s.nbytes, "Bytes.")
+    ptr = _Field[int](
+        lambda s: s.address,
+        "Address of the bytes; 0 while they are not in memory. It holds nothing: take a view.",
+    )
+    region_type = _Field[MemoryRegionType](lambda s: REGIONS[s.tag], "What the bytes are for.")
+    allocated = _Field[bool](
+        lambda s: s.named and not s.blank,
+        "Whether there are bytes, in memory or below: not before the first access.",
+    )
+    timestamp = _Field[float](
+        lambda s: _EPOCH + s.created, "When the block was made, in seconds since the epoch."
+    )
+    last_access_time = _Field[float](
+        lambda s: _EPOCH + s.accessed,
+        "When it was last accessed, in seconds since the epoch; registering counts.",
+    )
+    access_count = _Field[int](lambda s: s.accesses, "Accesses so far; registering is the first.")
+    is_swapped = _Field[bool](
+        lambda s: s.swapped, "Whether the only whole copy of the bytes lies below memory."
+    )
+    swap_location = _Field[str | None](
+        lambda s: None if not s.swapped else _place(s.offset),
+        "Where the bytes lie while they are swapped out; None: in memory, or nowhere yet.",
+    )
+    ref_count = _Field[int](lambda s: s.leases, "Views and leases that hold the bytes.")
+    pinned = _Pinned(
+        lambda s: s.pinned, "Whether the bytes, once in memory, stay there; can be set at any time."
+    )
+    device = _Field[str](lambda s: "cpu", "Where views of it are.")
 
     def __repr__(self) -> str:
         where = "unbound"
         if self._name is not None:
             where = "swapped out" if self.is_swapped else "in memory" if self.ptr else "not in use"
         return f"<omnimem.MemoryBlock {self.id!r}, {self.size} bytes, {where}>"
-
-
-_FIELDS: dict[str, Any] = {
-    # of _core.Block._state: nbytes, created, accessed, accesses, address, offset in the swap
-    # file, leases, tag, named, pinned, swapped, blank
-    "size": lambda s: s[0],
-    "timestamp": lambda s: _EPOCH + s[1],
-    "last_access_time": lambda s: _EPOCH + s[2],
-    "access_count": lambda s: s[3],
-    "ptr": lambda s: s[4],
-    "swap_location": lambda s: (
-        None if not s[10] else "encoded" if s[5] is None else f"swap file, byte {s[5]}"
-    ),
-    "ref_count": lambda s: s[6],
-    "region_type": lambda s: REGIONS[s[7]],
-    "allocated": lambda s: s[8] and not s[11],
-    "pinned": lambda s: s[9],
-    "is_swapped": lambda s: s[10],
-    "device": lambda s: "cpu",
-}
 
 
 def _unpack(block: MemoryBlock) -> None:

@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -108,6 +108,12 @@ class GroupStats:
     trouble: str
     """Why the last swapping out stopped before it had freed enough; "": it did not."""
 
+    @classmethod
+    def nothing(cls) -> GroupStats:
+        """Of a group that is gone."""
+        counters: dict[str, Any] = dict.fromkeys((f.name for f in fields(cls)), 0)
+        return cls(**{**counters, "out_seconds": 0.0, "in_seconds": 0.0, "trouble": ""})
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -189,6 +195,8 @@ class StoreStats:
     """Requests in flight now."""
     io_depth: int
     """Requests in flight at most."""
+    moves: int
+    """Copies of blocks on their way now."""
     io_backend: str
     """"uring" or "threads"."""
     io_reason: str
