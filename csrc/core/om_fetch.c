@@ -68,7 +68,12 @@ static int start_one_locked(struct om_store *s, struct om_block *b, enum om_move
 	s->counters.prefetches += m->speculative;
 	b->body->move = m;
 	s->moves++;
-	om_mover_queue_locked(s, m);
+	if (!m->zeros)
+		om_mover_queue_locked(s, m);
+	else if (priority == OM_DEMAND)
+		m->landed = true; /* who needs it makes the zeros */
+	else
+		om_fetch_landed_locked(s, m);
 	return 0;
 }
 

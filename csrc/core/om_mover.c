@@ -235,6 +235,7 @@ static bool issue_next_locked(struct mover *mv)
 			if (!length) { /* nothing to move */
 				om_list_del(&m->link);
 				om_fetch_landed_locked(s, m);
+				om_store_changed_locked(s);
 				return true;
 			}
 			if (!pages_there(m, length)) {
