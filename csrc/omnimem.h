@@ -290,7 +290,8 @@ struct om_swap;
 int om_swap_begin(struct om_store *s, const char *group, uint64_t bytes, struct om_swap **ret);
 int om_swap_wait(struct om_swap *w, uint64_t deadline_ns);
 void om_swap_end(struct om_swap *w, struct om_swapped *ret);
-/* Give memory that no block uses back to the system, but for `reserve` bytes that stay populated. */
+/* Give memory that no block uses back to the system, but for `reserve` bytes that stay populated, and what
+ * is free in the swap file. Both happen by themselves after ten seconds, with a reserve of 16 MiB. */
 int om_store_trim(struct om_store *s, uint64_t reserve_bytes);
 /* Another limit of the swap file; and another directory (NULL: as it is), OM_EVALUE once there is a
  * file. */

@@ -254,20 +254,11 @@ void om_block_adopt(struct om_block *b, struct om_pool *p, struct om_foreign *fo
 	recount(b, was);
 }
 
-static uint64_t disk_bytes(const struct om_block *b)
-{
-	uint64_t bytes = 0;
-
-	for (size_t i = 0; i < b->body->disk_copy.count; i++)
-		bytes += b->body->disk_copy.runs[i].bytes;
-	return bytes;
-}
-
 void om_block_disk_begin(struct om_block *b)
 {
 	assert(b->disk == OM_COPY_NONE);
 	b->disk = OM_COPY_FILLING;
-	b->group->disk_bytes += disk_bytes(b);
+	b->group->disk_bytes += om_disk_copy_bytes(&b->body->disk_copy);
 }
 
 void om_block_disk_end(struct om_block *b)
@@ -286,7 +277,7 @@ void om_block_disk_drop(struct om_block *b, struct om_disk *d)
 	if (b->disk == OM_COPY_NONE)
 		return;
 	b->disk = OM_COPY_NONE;
-	b->group->disk_bytes -= disk_bytes(b);
+	b->group->disk_bytes -= om_disk_copy_bytes(&b->body->disk_copy);
 	om_disk_free(d, &b->body->disk_copy);
 	recount(b, was);
 }

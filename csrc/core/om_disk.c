@@ -78,6 +78,15 @@ void om_disk_free(struct om_disk *d, struct om_disk_copy *copy)
 	memset(copy, 0, sizeof(*copy));
 }
 
+uint64_t om_disk_copy_bytes(const struct om_disk_copy *copy)
+{
+	uint64_t bytes = 0;
+
+	for (size_t i = 0; i < copy->count; i++)
+		bytes += copy->runs[i].bytes;
+	return bytes;
+}
+
 uint64_t om_disk_target(const struct om_disk *d, uint64_t bytes)
 {
 	uint64_t size = om_arena_size(d->arena), least = d->used_bytes + bytes;
@@ -92,9 +101,40 @@ int om_disk_grown(struct om_disk *d, uint64_t bytes)
 	return bytes > om_arena_size(d->arena) ? om_arena_grow(d->arena, bytes) : 0;
 }
 
+bool om_disk_wasteful(const struct om_disk *d)
+{
+	uint64_t backed = om_arena_size(d->arena) - d->used_bytes - d->holes;
+
+	return d->file && !d->no_holes && !d->growing && !d->taken &&
+	       backed > OM_MAX(GROW_STEP, d->used_bytes / 4);
+}
+
+int om_disk_take_free(struct om_disk *d, struct om_disk_copy *ret)
+{
+	uint64_t peak = d->peak_bytes, used = d->used_bytes;
+	int code = om_disk_alloc(d, om_arena_size(d->arena) - om_arena_used(d->arena), ret);
+
+	if (code)
+		return code;
+	d->taken = d->used_bytes - used;
+	d->used_bytes = used; /* nobody uses them */
+	d->peak_bytes = peak;
+	return 0;
+}
+
+void om_disk_give_back(struct om_disk *d, struct om_disk_copy *runs, bool holes)
+{
+	if (holes)
+		d->holes = d->taken;
+	d->no_holes = !holes;
+	d->used_bytes += d->taken;
+	d->taken = 0;
+	om_disk_free(d, runs);
+}
+
 uint64_t om_disk_capacity(struct om_disk *d)
 {
-	uint64_t free_bytes, size = om_arena_size(d->arena);
+	uint64_t free_bytes, size = om_arena_size(d->arena) - d->holes;
 
 	if (!d->file || om_file_free_bytes(d->file, &free_bytes))
 		return d->limit_bytes; /* proven when the file is made and grown, before any byte is at risk */
@@ -103,7 +143,7 @@ uint64_t om_disk_capacity(struct om_disk *d)
 
 int om_disk_check(const struct om_disk *d)
 {
-	if (om_arena_used(d->arena) != d->used_bytes)
+	if (om_arena_used(d->arena) != d->used_bytes + d->taken)
 		return om_err(OM_ECORRUPT, "disk: the arena holds %llu bytes, the tier counts %llu",
 		              (unsigned long long)om_arena_used(d->arena),
 		              (unsigned long long)d->used_bytes);

@@ -28,7 +28,10 @@ struct om_disk {
 	struct om_arena *arena;
 	char *directory;
 	uint64_t limit_bytes, used_bytes, peak_bytes;
-	bool growing; /* one thread is in the system call */
+	uint64_t taken; /* free bytes, kept from others while holes are punched */
+	uint64_t holes; /* free bytes without disk blocks: claim them before writing */
+	bool no_holes;  /* the file system cannot */
+	bool growing;   /* one thread is in the system call */
 };
 
 int om_disk_init(struct om_disk *d, const char *directory, uint64_t limit_bytes);
@@ -40,8 +43,15 @@ void om_disk_free(struct om_disk *d, struct om_disk_copy *copy);
 uint64_t om_disk_target(const struct om_disk *d, uint64_t bytes);
 /* The file has grown to `bytes`. */
 int om_disk_grown(struct om_disk *d, uint64_t bytes);
+/* Is so much of the file free that its disk blocks should go back? */
+bool om_disk_wasteful(const struct om_disk *d);
+/* Take all free runs, so that nobody gets them while holes are punched (`taken`); and give them back,
+ * which may all be holes now. -ENOMEM. */
+int om_disk_take_free(struct om_disk *d, struct om_disk_copy *ret);
+void om_disk_give_back(struct om_disk *d, struct om_disk_copy *runs, bool holes);
 /* Bytes that the tier can hold as the file system is now. */
 uint64_t om_disk_capacity(struct om_disk *d);
+uint64_t om_disk_copy_bytes(const struct om_disk_copy *copy);
 int om_disk_check(const struct om_disk *d);
 
 #endif

@@ -357,15 +357,53 @@ static unsigned least_back(const struct mover *mv)
 	return mv->inflight ? 1 : 0;
 }
 
+struct shrink_job {
+	struct om_job job;
+	struct om_store *store;
+};
+
+static bool shrink(struct om_job *job)
+{
+	struct om_store *s = om_container_of(job, struct shrink_job, job)->store;
+
+	om_mutex_lock(&s->lock);
+	om_spill_shrink_locked(s);
+	om_mutex_unlock(&s->lock);
+	om_free(om_container_of(job, struct shrink_job, job));
+	return false;
+}
+
+/* What is free in the swap file goes back a while after it became so much. */
+static uint64_t decay_disk_locked(struct om_store *s)
+{
+	struct shrink_job *j;
+
+	if (!om_disk_wasteful(&s->disk)) {
+		s->disk_idle_ns = 0;
+		return UINT64_MAX;
+	}
+	if (!s->disk_idle_ns)
+		s->disk_idle_ns = om_now();
+	if (s->disk_idle_ns + DECAY_NS > om_now())
+		return s->disk_idle_ns + DECAY_NS;
+	s->disk_idle_ns = 0;
+	j = om_alloc(1, sizeof(*j));
+	if (j) {
+		j->job.run = shrink;
+		j->store = s;
+		om_work_push(&s->work, &j->job);
+	}
+	return UINT64_MAX;
+}
+
 /* Memory that no block has used for a while goes back, but for a warm reserve. A ring's slots wait for its
  * next unit, however long its user pauses. Returns when to look again. */
-static uint64_t decay_locked(struct om_store *s)
+static uint64_t decay_memory_locked(struct om_store *s)
 {
 	struct om_pool *p = &s->pool;
 	uint64_t oldest = om_pool_oldest(p);
 
-	s->decaying = p->cached_bytes > OM_POOL_WARM;
-	if (!s->decaying)
+	if (p->cached_bytes <= OM_POOL_WARM)
 		return UINT64_MAX;
 	OM_LIST_FOREACH(link, &s->groups) {
 		if (om_container_of(link, struct om_group, link)->streams)
@@ -373,9 +411,16 @@ static uint64_t decay_locked(struct om_store *s)
 	}
 	if (oldest + DECAY_NS > om_now())
 		return oldest + DECAY_NS;
-	s->decaying = false;
 	om_pool_trim_to(p, OM_POOL_WARM);
 	return UINT64_MAX;
+}
+
+static uint64_t decay_locked(struct om_store *s)
+{
+	uint64_t until = OM_MIN(decay_memory_locked(s), decay_disk_locked(s));
+
+	s->decaying = until != UINT64_MAX;
+	return until;
 }
 
 void om_mover_decay_locked(struct om_store *s)

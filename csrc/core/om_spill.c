@@ -99,6 +99,41 @@ static int grow_swap_locked(struct om_store *s, uint64_t target)
 	return code ? code : om_disk_grown(&s->disk, target);
 }
 
+/* The runs may lie in holes: have disk blocks behind them, before any byte is at risk. */
+static int claim_runs_locked(struct om_store *s, const struct om_disk_copy *copy)
+{
+	int code = 0;
+
+	if (om_likely(!s->disk.holes))
+		return 0;
+	om_mutex_unlock(&s->lock);
+	for (size_t i = 0; i < copy->count && !code; i++)
+		code = om_file_claim(s->disk.file, copy->runs[i].offset, copy->runs[i].bytes);
+	om_mutex_lock(&s->lock);
+	for (size_t i = 0; i < copy->count && !code; i++)
+		s->disk.holes -= OM_MIN(s->disk.holes, copy->runs[i].bytes);
+	return code;
+}
+
+bool om_spill_shrink_locked(struct om_store *s)
+{
+	struct om_disk *d = &s->disk;
+	struct om_disk_copy runs;
+	int code = 0;
+
+	if (s->closing || !om_disk_wasteful(d) || om_disk_take_free(d, &runs))
+		return false;
+	s->inside++;
+	om_mutex_unlock(&s->lock);
+	for (size_t i = 0; i < runs.count && !code; i++)
+		code = om_file_punch(d->file, runs.runs[i].offset, runs.runs[i].bytes);
+	om_mutex_lock(&s->lock);
+	s->inside--;
+	om_disk_give_back(d, &runs, !code);
+	om_store_changed_locked(s);
+	return true;
+}
+
 static int disk_full_error(struct om_store *s, const struct om_block *b, uint64_t bytes)
 {
 	return om_err(
@@ -123,28 +158,45 @@ int om_spill_busy_error(struct om_store *s, const struct om_block *b, uint64_t b
 	return OM_EBUSY;
 }
 
+/* Runs within the limit, with disk blocks behind them. -ENOSPC: the file has to grow first. */
+static int try_reserve_locked(struct om_store *s, struct om_block *b, uint64_t bytes)
+{
+	struct om_disk_copy *copy = &b->body->disk_copy;
+	int code;
+
+	if (s->disk.used_bytes + bytes > s->disk.limit_bytes)
+		return disk_full_error(s, b, bytes);
+	if (s->disk.taken)
+		return -ENOSPC;
+	code = om_disk_alloc(&s->disk, bytes, copy);
+	code = code ? code : claim_runs_locked(s, copy);
+	if (code)
+		om_disk_free(&s->disk, copy);
+	return code;
+}
+
 /* Room on disk for a block that is LEAVING. May give up the lock. */
 static int disk_reserve_locked(struct om_store *s, struct om_block *b, uint64_t bytes)
 {
 	for (;;) {
-		uint64_t target;
-		int stale, code = om_disk_alloc(&s->disk, bytes, &b->body->disk_copy);
+		int stale, code = try_reserve_locked(s, b, bytes);
 
-		if (code != -ENOSPC)
-			return code;
-		if (s->disk.growing) {
+		if (code == -ENOSPC && (s->disk.growing || s->disk.taken)) {
 			om_store_wait_locked(s, UINT64_MAX);
 			continue;
 		}
-		target = om_disk_target(&s->disk, bytes);
-		code = target ? grow_swap_locked(s, target) : OM_EDISKFULL;
-		if (!code)
-			continue;
+		if (code == -ENOSPC) {
+			code = grow_swap_locked(s, om_disk_target(&s->disk, bytes));
+			if (!code)
+				continue;
+		}
+		if (!code || code == -ENOMEM)
+			return code;
 		stale = drop_stale_locked(s);
 		if (stale == OM_EBUSY)
 			return om_spill_busy_error(s, b, bytes);
 		if (!stale)
-			return target ? code : disk_full_error(s, b, bytes);
+			return code; /* with the message that it came with */
 	}
 }
 

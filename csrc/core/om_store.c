@@ -38,7 +38,8 @@ int om_store_enter(struct om_store *s)
 
 int om_store_leave(struct om_store *s, int code)
 {
-	if (om_unlikely(s->pool.cached_bytes > OM_POOL_WARM && !s->decaying && !s->closing))
+	if (om_unlikely(!s->decaying && !s->closing &&
+	                (s->pool.cached_bytes > OM_POOL_WARM || om_disk_wasteful(&s->disk))))
 		om_mover_decay_locked(s);
 	om_mutex_unlock(&s->lock);
 	return code;

@@ -65,7 +65,8 @@ struct om_store {
 	unsigned spills_failed;
 	struct om_error spill_error; /* of the last one */
 	bool starved;                /* the mover waits for pages */
-	bool decaying;               /* the mover will give idle memory back */
+	bool decaying;               /* the mover will look for what is idle and goes back */
+	uint64_t disk_idle_ns;       /* much of the swap file is free since; 0: it is not */
 	struct om_work work;
 
 	struct om_stats counters;
@@ -143,6 +144,9 @@ void om_room_unadmit_locked(struct om_store *s, uint64_t bytes);
  * the same bytes), or no longer needed; OM_EBUSY: the disk has no room until leases go; or an error. The
  * lock is given up. */
 int om_spill_locked(struct om_store *s, struct om_block *b);
+/* Give the disk blocks of what is free in the swap file back, if that is much. False: it is not. The lock
+ * is given up. */
+bool om_spill_shrink_locked(struct om_store *s);
 /* Sets the error of that OM_EBUSY. */
 int om_spill_busy_error(struct om_store *s, const struct om_block *b, uint64_t bytes);
 

@@ -179,6 +179,7 @@ int om_store_trim(struct om_store *s, uint64_t reserve_bytes)
 	if (code)
 		return code;
 	om_pool_trim_to(&s->pool, reserve_bytes);
+	om_spill_shrink_locked(s);
 	return om_store_leave(s, 0);
 }
 

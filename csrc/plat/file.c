@@ -309,6 +309,35 @@ int om_file_grow(struct om_file *f, uint64_t bytes)
 	return 0;
 }
 
+int om_file_punch(struct om_file *f, uint64_t offset, uint64_t bytes)
+{
+	int error;
+
+	do
+		error = fallocate(f->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
+		                  (off_t)bytes)
+		                ? errno
+		                : 0;
+	while (error == EINTR);
+	if (error == EOPNOTSUPP || error == ENOSYS)
+		return -EOPNOTSUPP;
+	return error ? failed(error, "punch a hole into", f->path) : 0;
+}
+
+int om_file_claim(struct om_file *f, uint64_t offset, uint64_t bytes)
+{
+	int error;
+
+	if (om_fault(OM_FAULT_NOSPC))
+		return grow_failed(f, f->id.size, ENOSPC);
+	do
+		error = fallocate(f->fd, 0, (off_t)offset, (off_t)bytes) ? errno : 0;
+	while (error == EINTR);
+	return error && error != EOPNOTSUPP && error != ENOSYS
+	               ? grow_failed(f, f->id.size, error)
+	               : 0;
+}
+
 int om_file_free_bytes(struct om_file *f, uint64_t *ret_bytes)
 {
 	struct statvfs vfs;

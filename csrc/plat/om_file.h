@@ -37,6 +37,11 @@ int om_file_create_swap(const char *directory, struct om_file **ret);
 /* Grow to at least `bytes` with fallocate (ftruncate where the file system has none).
  * OM_EDISKFULL when the disk is full. Honours OM_FAULT_NOSPC. */
 int om_file_grow(struct om_file *f, uint64_t bytes);
+/* Give the disk blocks of a range back; it reads as zeros, and the size stays. -EOPNOTSUPP (no message):
+ * the file system cannot. */
+int om_file_punch(struct om_file *f, uint64_t offset, uint64_t bytes);
+/* Have disk blocks behind a range below the size, punched or not. Errors as om_file_grow. */
+int om_file_claim(struct om_file *f, uint64_t offset, uint64_t bytes);
 /* Free bytes that the file system would still give to this process. */
 int om_file_free_bytes(struct om_file *f, uint64_t *ret_bytes);
 /* Compare device, inode, size, mtime with those of the opening: OM_ECORRUPT naming what changed.

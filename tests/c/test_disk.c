@@ -90,8 +90,35 @@ static void how_far_to_grow(void)
 	om_disk_fini(&d);
 }
 
+/* What is free is kept from others while holes are punched, and comes back as holes. */
+static void free_runs_are_taken(void)
+{
+	struct om_disk d;
+	struct om_disk_copy a, b, runs;
+
+	CHECK_EQ(om_disk_init(&d, NULL, PAGES(64)), 0);
+	CHECK_EQ(om_disk_grown(&d, PAGES(64)), 0);
+	CHECK_EQ(om_disk_alloc(&d, PAGES(16), &a), 0);
+	CHECK_EQ(om_disk_alloc(&d, PAGES(16), &b), 0);
+	om_disk_free(&d, &a);
+	CHECK_EQ(om_disk_take_free(&d, &runs), 0);
+	CHECK_EQ(om_disk_copy_bytes(&runs), PAGES(48));
+	CHECK(d.taken == PAGES(48) && d.used_bytes == PAGES(16) && d.peak_bytes == PAGES(32));
+	check(&d);
+	CHECK_EQ(om_disk_alloc(&d, OM_PAGE, &a), -ENOSPC);
+	om_disk_give_back(&d, &runs, true);
+	CHECK(!d.taken && d.holes == PAGES(48) && d.used_bytes == PAGES(16));
+	CHECK_EQ(om_disk_capacity(&d), PAGES(64));
+	CHECK_EQ(om_disk_alloc(&d, PAGES(48), &a), 0);
+	check(&d);
+	om_disk_free(&d, &a);
+	om_disk_free(&d, &b);
+	om_disk_fini(&d);
+}
+
 int main(void)
 {
+	free_runs_are_taken();
 	runs_fill_the_holes();
 	all_or_nothing();
 	how_far_to_grow();

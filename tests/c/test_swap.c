@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "core/om_store_int.h"
@@ -257,6 +258,59 @@ static void a_full_disk_stops_it(void)
 	om_store_unref(s);
 }
 
+static uint64_t disk_blocks(struct om_store *s)
+{
+	struct stat st;
+
+	CHECK_EQ(fstat(s->disk.file->fd, &st), 0);
+	return (uint64_t)st.st_blocks * 512;
+}
+
+/* When most of the swap file is free its disk blocks go back, and are had again before they are needed. */
+static void the_swap_file_shrinks(void)
+{
+	struct om_store *s = open_store(256 << 20, 256 << 20);
+	char name[16];
+
+	for (int i = 0; i < 120; i++) {
+		snprintf(name, sizeof(name), "b%d", i);
+		CHECK_EQ(om_store_add(s, name, NULL, data, sizeof(data) - i, NULL, SOON), 0);
+	}
+	CHECK_EQ(swap_out(s, UINT64_MAX).blocks, 120);
+	CHECK(disk_blocks(s) >= 120 << 20);
+	for (int i = 0; i < 100; i++) {
+		snprintf(name, sizeof(name), "b%d", i);
+		CHECK_EQ(om_store_remove(s, name), 0);
+	}
+	CHECK_EQ(om_store_trim(s, 0), 0);
+	CHECK_EQ(om_store_check(s), 0);
+	if (s->disk.no_holes) {
+		fprintf(stderr, "no holes on this file system\n");
+		om_store_unref(s);
+		return;
+	}
+	CHECK(disk_blocks(s) <= 24 << 20);
+	for (int i = 100; i < 120; i++) {
+		snprintf(name, sizeof(name), "b%d", i);
+		expect(s, name, data, sizeof(data) - i);
+	}
+	for (int i = 0; i < 60; i++) {
+		snprintf(name, sizeof(name), "b%d", i);
+		CHECK_EQ(om_store_add(s, name, NULL, data + i, sizeof(data) - 60, NULL, SOON), 0);
+	}
+	om_fault_arm(OM_FAULT_NOSPC, 1, true); /* no blocks behind the holes */
+	swap_out(s, UINT64_MAX);
+	CHECK(strstr(stats(s).trouble, "cannot grow"));
+	om_fault_reset();
+	swap_out(s, UINT64_MAX);
+	CHECK_EQ(stats(s).swapped, 80);
+	for (int i = 0; i < 60; i++) {
+		snprintf(name, sizeof(name), "b%d", i);
+		expect(s, name, data + i, sizeof(data) - 60);
+	}
+	om_store_unref(s);
+}
+
 static void events_add_up(struct om_store *s)
 {
 	static struct om_event events[OM_NOTES];
@@ -471,6 +525,7 @@ int main(void)
 	pinned_blocks_stay();
 	memory_goes_back();
 	a_full_disk_stops_it();
+	the_swap_file_shrinks();
 	encoded_forms();
 	for (seed = 1; seed <= 3; seed++)
 		against_a_model(seed * 77);
