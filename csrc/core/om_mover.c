@@ -215,6 +215,12 @@ static bool issue_locked(struct mover *mv, struct om_move *m, uint32_t length)
 	return true;
 }
 
+/* Beside reads, writes get half of the window, so that one that comes does not wait behind all of them. */
+static unsigned writes_at_most(const struct mover *mv)
+{
+	return mv->reading ? (mv->depth + 1) / 2 : mv->depth;
+}
+
 /* One request of the first move that can go on; false when none can. */
 static bool issue_next_locked(struct mover *mv)
 {
@@ -226,7 +232,7 @@ static bool issue_next_locked(struct mover *mv)
 			struct om_move *m = om_container_of(link, struct om_move, link);
 			uint32_t length = om_move_request(m, &m->issued);
 
-			if (m->kind == OM_MOVE_SPILL && mv->spilling >= (mv->depth + 1) / 2)
+			if (m->kind == OM_MOVE_SPILL && mv->spilling >= writes_at_most(mv))
 				continue;
 			if (!m->checked) {
 				check_files_locked(s, m); /* the lock was given up: look again */
