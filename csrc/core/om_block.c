@@ -137,16 +137,27 @@ void om_block_access(struct om_block *b)
 {
 	struct om_policy *p = b->group->policy;
 
-	p->ops->access(p, b->slot, om_block_host_bytes(b), b->host != OM_COPY_NONE);
+	if (!b->pinned)
+		p->ops->access(p, b->slot, om_block_host_bytes(b), b->host != OM_COPY_NONE);
 	if (b->group->foresight && !b->inner)
 		om_foresight_access(b->group->foresight, b);
 }
 
+/* Pinned copies are no members: nothing has to pass them by. */
 static void become_member(struct om_block *b)
 {
 	struct om_policy *p = b->group->policy;
 
-	p->ops->add(p, b->slot, om_block_host_bytes(b));
+	if (!b->pinned)
+		p->ops->add(p, b->slot, om_block_host_bytes(b));
+}
+
+static void end_membership(struct om_block *b, bool evicted)
+{
+	struct om_policy *p = b->group->policy;
+
+	if (!b->pinned)
+		p->ops->drop(p, b->slot, evicted);
 }
 
 void om_block_fill_begin(struct om_block *b, struct om_extent mem)
@@ -181,7 +192,6 @@ static uint64_t taken(const struct om_block *b)
 static void free_host(struct om_block *b, struct om_pool *p, bool evicted)
 {
 	struct counts was = counts_of(b);
-	struct om_policy *policy = b->group->policy;
 	struct om_body *body = b->body;
 	uint64_t bytes = taken(b);
 
@@ -202,7 +212,7 @@ static void free_host(struct om_block *b, struct om_pool *p, bool evicted)
 	b->host = OM_COPY_NONE;
 	body->unused = body->touched = false;
 	b->counted = 0;
-	policy->ops->drop(policy, b->slot, evicted);
+	end_membership(b, evicted);
 	recount(b, was);
 }
 
@@ -322,8 +332,17 @@ void om_block_pin(struct om_block *b, bool pinned)
 {
 	struct counts was = counts_of(b);
 
+	if (pinned == b->pinned)
+		return;
+	if (pinned && b->host != OM_COPY_NONE)
+		end_membership(b, false);
 	b->group->pinned += (uint64_t)pinned - (uint64_t)b->pinned;
 	b->pinned = pinned;
+	if (!pinned && b->host != OM_COPY_NONE) {
+		b->group->policy->ops->access(b->group->policy, b->slot, om_block_host_bytes(b),
+		                              false);
+		become_member(b);
+	}
 	if (b->body)
 		recount(b, was);
 }

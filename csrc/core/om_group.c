@@ -102,7 +102,7 @@ int om_group_set_policy(struct om_group *g, const struct om_policy_ops *ops)
 	for (uint32_t slot = 0; slot < g->seat_count; slot++) {
 		const struct om_block *b = g->seats[slot];
 
-		if (!b || b->host == OM_COPY_NONE)
+		if (!b || b->host == OM_COPY_NONE || b->pinned)
 			continue;
 		ops->access(p, slot, om_block_host_bytes(b), false);
 		ops->add(p, slot, om_block_host_bytes(b));
@@ -123,8 +123,7 @@ static bool may_go(void *arg, uint32_t slot)
 	const struct choice *c = arg;
 	const struct om_block *b = c->group->seats[slot];
 
-	return b->host == OM_COPY_VALID && !b->leases && !b->pinned && !b->body->holds &&
-	       c->may(c->arg, b);
+	return b->host == OM_COPY_VALID && !b->leases && !b->body->holds && c->may(c->arg, b);
 }
 
 struct om_block *om_group_victim(struct om_group *g,

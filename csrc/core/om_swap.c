@@ -11,7 +11,7 @@
 #include "core/om_store_int.h"
 
 #define UNDER_WAY  64u /* writes begun and not yet waited for */
-#define WARM_SHARE 16u /* of what was freed, one in so many bytes may stay populated */
+#define WARM_SHARE 16u /* of what is swapped out, one in so many bytes may stay populated */
 
 /* A write that was begun here, and whose block's memory is to go. */
 struct leaving {
@@ -44,9 +44,12 @@ static void forget_oldest(struct om_swap *w)
 	w->count--;
 }
 
+/* The next access finds memory ready, at the cost of a small part of what was freed. */
 static void trim_locked(struct om_swap *w)
 {
-	om_pool_trim_to(&w->store->pool, OM_MIN(OM_POOL_WARM, w->done.bytes / WARM_SHARE));
+	uint64_t out = OM_MAX(w->done.bytes, w->group->disk_bytes);
+
+	om_pool_trim_to(&w->store->pool, OM_MIN(OM_POOL_WARM, out / WARM_SHARE));
 }
 
 /* What keeps memory from going is for the group's statistics: nothing is lost, and what did go counts. */
