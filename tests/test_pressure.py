@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,31 @@ def test_real_numbers() -> None:
     level, usage = MemoryPressureMonitor().get_ram_pressure()
     assert isinstance(level, MemoryPressureLevel)
     assert 0.0 < usage < 1.0
-    assert MemoryPressureMonitor().get_gpu_pressure() == (MemoryPressureLevel.LOW, 0.0)
     total, available, source = _core.memory()
     assert available <= total <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert source == "system" or source.startswith("cgroup /")
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, *free: int, started: bool = True) -> None:
+    """A torch that sees GPUs of 1 GiB with so much free."""
+    cuda = types.SimpleNamespace(
+        is_initialized=lambda: started,
+        device_count=lambda: len(free),
+        mem_get_info=lambda device: (free[device], GIB),
+    )
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+
+
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = MemoryPressureMonitor()
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert monitor.get_gpu_pressure() == (MemoryPressureLevel.LOW, 0.0)
+    with_gpus(monkeypatch, 0, started=False)
+    assert monitor.get_gpu_pressure() == (MemoryPressureLevel.LOW, 0.0)
+    with_gpus(monkeypatch, GIB // 2, GIB // 8)
+    assert monitor.get_gpu_pressure() == (MemoryPressureLevel.HIGH, 0.875)
+    with_memory(monkeypatch, 0.5)
+    assert monitor.get_overall_pressure() == (MemoryPressureLevel.HIGH, 0.875)
 
 
 def test_levels_and_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from enum import Enum
 from typing import Literal
@@ -28,6 +29,14 @@ _TRENDS: dict[int, Literal["increasing", "decreasing", "stable"]] = {
     -1: "decreasing",
     0: "stable",
 }
+
+
+def _gpu_usage() -> float:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0.0
+    memory = [torch.cuda.mem_get_info(device) for device in range(torch.cuda.device_count())]
+    return max((1.0 - free / total for free, total in memory), default=0.0)
 
 
 class MemoryPressureMonitor:
@@ -85,8 +94,13 @@ class MemoryPressureMonitor:
         return _LEVELS[self._ram.feed(usage)], usage
 
     def get_gpu_pressure(self) -> tuple[MemoryPressureLevel, float]:
-        """Level and share in use of GPU memory: (LOW, 0.0), since omnimem holds none yet."""
-        return _LEVELS[self._gpu.feed(0.0)], 0.0
+        """Level and share in use of the fullest GPU.
+
+        As torch's CUDA runtime tells, once a program uses it; asking never starts it. (LOW, 0.0)
+        without a GPU, and before.
+        """
+        usage = _gpu_usage()
+        return _LEVELS[self._gpu.feed(usage)], usage
 
     def get_overall_pressure(self) -> tuple[MemoryPressureLevel, float]:
         """The worse of RAM and GPU: the higher level, at the same level the larger share."""
