@@ -229,7 +229,7 @@ static int shared_new(struct om_pool *p, struct om_segment **ret)
 		cache_put(p, s);
 		return code;
 	}
-	om_list_push_tail(&p->shared, &s->link);
+	om_list_push_head(&p->shared, &s->link);
 	*ret = s;
 	return 0;
 }
@@ -242,17 +242,39 @@ static void extent_set(struct om_pool *p, struct om_segment *s, uint64_t offset,
 	*ret = (struct om_extent){ .segment = s, .ptr = (char *)s->base + offset, .bytes = bytes };
 }
 
-/* A hole in a shared segment. -ENOSPC (no message) when there is none. */
+static bool is_full(const struct om_segment *s)
+{
+	return s->used == s->bytes;
+}
+
+static void move_to(struct om_list *head, struct om_segment *s, bool tail)
+{
+	om_list_del(&s->link);
+	if (tail)
+		om_list_push_tail(head, &s->link);
+	else
+		om_list_push_head(head, &s->link);
+}
+
+/* A hole in a shared segment. -ENOSPC (no message) when there is none. Full ones are at the end of the
+ * list, where nobody has to look at them. */
 static int shared_alloc(struct om_pool *p, uint64_t bytes, struct om_extent *ret)
 {
 	OM_LIST_FOREACH(link, &p->shared) {
 		struct om_segment *s = segment_of(link);
 		uint64_t offset;
-		int code = bytes <= s->bytes - s->used ? om_arena_alloc(s->arena, bytes, 0, &offset)
-		                                       : -ENOSPC;
+		int code;
 
-		if (!code)
+		if (is_full(s))
+			break;
+		code = bytes <= s->bytes - s->used ? om_arena_alloc(s->arena, bytes, 0, &offset)
+		                                   : -ENOSPC;
+
+		if (!code) {
 			extent_set(p, s, offset, bytes, ret);
+			if (is_full(s))
+				move_to(&p->shared, s, true);
+		}
 		if (code != -ENOSPC)
 			return code;
 	}
@@ -328,6 +350,8 @@ void om_pool_free(struct om_pool *p, struct om_extent *e)
 		assert(!code && "an extent is freed twice");
 		(void)code;
 	}
+	if (s->arena && is_full(s))
+		move_to(&p->shared, s, false);
 	s->used -= e->bytes;
 	p->used_bytes -= e->bytes;
 	*e = (struct om_extent){ 0 };
@@ -346,9 +370,12 @@ bool om_pool_fits(const struct om_pool *p, uint64_t bytes)
 	if (size < bytes)
 		return false;
 	if (size <= OM_POOL_SMALL)
-		OM_LIST_FOREACH(link, &p->shared)
+		OM_LIST_FOREACH(link, &p->shared) {
+			if (is_full(segment_of(link)))
+				break;
 			if (om_arena_largest_free(segment_of(link)->arena) >= size)
 				return true;
+		}
 	return limit_fits(p, size);
 }
 
@@ -390,6 +417,9 @@ int om_pool_check(const struct om_pool *p)
 
 			if (link->next->prev != link)
 				return om_err(OM_ECORRUPT, "pool: a list is broken");
+			if (lists[i] == &p->shared && link->next != &p->shared && is_full(s) &&
+			    !is_full(segment_of(link->next)))
+				return om_err(OM_ECORRUPT, "pool: a full segment is in the way");
 			code = check_segment(p, lists[i], s);
 			if (code)
 				return code;
