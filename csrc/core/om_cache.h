@@ -17,6 +17,8 @@ struct om_cache {
 /* Is told of each member that makes way. */
 typedef void om_cache_evicted(void *arg, uint32_t slot);
 
+/* Members make way until `bytes` more fit. */
+void om_cache_make_room(struct om_cache *c, uint64_t bytes, om_cache_evicted *evicted, void *arg);
 /* A request: true when the slot is a member; else it becomes one, unless it is larger than all. */
 bool om_cache_request(struct om_cache *c, uint32_t slot, om_cache_evicted *evicted, void *arg);
 

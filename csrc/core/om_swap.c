@@ -121,6 +121,11 @@ int om_swap_begin(struct om_store *s, const char *group, uint64_t bytes, struct 
 	return 0;
 }
 
+static uint64_t left_to_free(const struct om_swap *w)
+{
+	return w->want - OM_MIN(w->want, w->done.bytes);
+}
+
 int om_swap_wait(struct om_swap *w, uint64_t deadline_ns)
 {
 	struct om_store *s = w->store;
@@ -129,6 +134,9 @@ int om_swap_wait(struct om_swap *w, uint64_t deadline_ns)
 
 	if (code)
 		return code;
+	if (!g->limit_bytes) /* it has room for so much, until memory is free again */
+		g->policy->capacity =
+			OM_MAX(g->used_bytes - OM_MIN(g->used_bytes, left_to_free(w)), OM_PAGE);
 	while (!code && !s->closing) {
 		uint64_t leaving = OM_MAX(w->pending, g->leaving_bytes); /* of other threads too */
 		bool more = !w->enough && w->done.bytes + leaving < w->want;
@@ -152,11 +160,8 @@ int om_swap_wait(struct om_swap *w, uint64_t deadline_ns)
 	}
 	if (s->closing)
 		return om_store_leave(s, om_err(OM_ECLOSED, "the store is closed"));
-	if (!code) {
+	if (!code)
 		trim_locked(w);
-		if (!g->limit_bytes) /* it has room for so much, until memory is free again */
-			g->policy->capacity = OM_MAX(g->used_bytes, OM_PAGE);
-	}
 	return om_store_leave(s, code);
 }
 

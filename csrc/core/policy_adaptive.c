@@ -227,7 +227,11 @@ static uint32_t victim(struct om_policy *p, om_may *may, void *arg)
 	struct expert *e = &a->experts[a->leader];
 	struct filter f = { a, may, arg };
 	struct om_policy *shadow = e->shadow.policy;
+	struct departure d = { a, e };
 
+	/* A capacity that was lowered: what the leader would have given up for that goes first. */
+	shadow->capacity = p->capacity;
+	om_cache_make_room(&e->shadow, 0, shadow_evicted, &d);
 	for (uint32_t at = e->left.oldest; at != OM_NIL; at = e->links[at].newer)
 		if (!may || may(arg, at))
 			return at;
