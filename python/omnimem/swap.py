@@ -98,10 +98,22 @@ class _Blocks(Mapping[str, MemoryBlock]):
         self._group = group
 
     def __getitem__(self, block_id: str) -> MemoryBlock:
-        block = self._store._block(block_id) if self else None
+        block = self._find(block_id) if block_id in self._store and self else None
         if block is None:
             raise KeyError(block_id)
         return block
+
+    def _find(self, block_id: str) -> MemoryBlock | None:
+        """None also for a block of another group on the same store."""
+        block = self._store._block(block_id)
+        try:
+            return (
+                block
+                if block is not None and self._store._info(block_id)[-1] == self._group
+                else None
+            )
+        except KeyError:  # removed just now
+            return None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._store.names(self._group) if self else ())
@@ -274,7 +286,7 @@ class AdvancedMemorySwapper:
             raise TypeError(f"block_id must be a str, not {type(block_id).__name__}")
         nbytes = parse_size(size, "size")
         region = MemoryRegionType(region_type)
-        there = self._find(block_id)
+        there = self._blocks._find(block_id)
         if there is not None:
             return there
         if take and data is None:
@@ -289,7 +301,7 @@ class AdvancedMemorySwapper:
             else:
                 self._store.add(block_id, data, self._GROUP)
         except ValueError:
-            there = self._find(block_id)  # another thread was quicker
+            there = self._blocks._find(block_id)  # another thread was quicker
             if there is None:
                 raise
             return there
@@ -304,7 +316,7 @@ class AdvancedMemorySwapper:
 
     def unregister_memory_block(self, block_id: str) -> bool:
         """Forget a block; its bytes go with the last view. False: there is none of that name."""
-        if self._find(block_id) is None:
+        if self._blocks._find(block_id) is None:
             return False
         try:
             self._store.remove(block_id)
@@ -555,9 +567,6 @@ class AdvancedMemorySwapper:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _find(self, block_id: str) -> MemoryBlock | None:
-        return self._store._block(block_id)
-
     def _group_stats(self) -> GroupStats:
         try:
             return self._store.group_stats(self._GROUP)
@@ -625,7 +634,7 @@ class AdvancedMemorySwapper:
         return len(freed) + gone, total + rest
 
     def _in_memory(self, block_id: str) -> bool:
-        block = self._find(block_id)
+        block = self._store._block(block_id)
         return block is not None and block.ptr != 0
 
 
