@@ -10,11 +10,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import omnimem
 from omnimem import _core
+
+from .memory import Memory
 
 SOAK = os.environ.get("OMNIMEM_SOAK") == "1"
 """`make soak`: the long loops run whole. Tests that have one are marked so."""
@@ -72,6 +75,49 @@ def open_store(tmp_path: Path, io_backend: str) -> Iterator[Callable[..., omnime
             pass
         finally:
             store.close()
+
+
+@pytest.fixture
+def open_swapper(
+    tmp_path: Path, io_backend: str
+) -> Iterator[Callable[..., omnimem.AdvancedMemorySwapper]]:
+    """Opens swappers (64 MiB of RAM, 64 MiB of disk unless told); checks and cleans them up."""
+    swappers = []
+
+    def open_one(**fields: Any) -> omnimem.AdvancedMemorySwapper:
+        fields = {
+            "host_limit": "64MiB",
+            "max_swap_size": "64MiB",
+            "nvme_optimizer": omnimem.NVMeOptimizer(swap_directory=tmp_path / "swap"),
+            "io_backend": io_backend,
+        } | fields
+        swappers.append(omnimem.AdvancedMemorySwapper(**fields))
+        return swappers[-1]
+
+    yield open_one
+    _core._fault_reset()
+    for swapper in swappers:
+        try:
+            swapper.store.check()
+        except omnimem.ClosedError:
+            pass
+        finally:
+            swapper.cleanup()
+
+
+@pytest.fixture
+def swapper(
+    open_swapper: Callable[..., omnimem.AdvancedMemorySwapper],
+) -> omnimem.AdvancedMemorySwapper:
+    return open_swapper()
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    """1 GiB of memory, of which the blocks of `memory.swapper` and `memory.others` are in use."""
+    stand_in = Memory()
+    monkeypatch.setattr(_core, "memory", stand_in)
+    return stand_in
 
 
 @pytest.fixture
