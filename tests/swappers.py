@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omnimem import AdvancedMemorySwapper, GroupStats
 
 from .conftest import data
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 Opener = Callable[..., AdvancedMemorySwapper]
@@ -46,5 +53,29 @@ def swap_all(swapper: AdvancedMemorySwapper) -> int:
         swapper.swap_threshold = threshold
 
 
+def settle(swapper: AdvancedMemorySwapper) -> None:
+    """Waits until nothing is on its way any more."""
+    while swapper.store.stats().moves:
+        time.sleep(0.001)
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+class Zlib:
+    """A compression manager; counts what it does, and remembers on which threads."""
+
+    def __init__(self) -> None:
+        self.packed = self.unpacked = 0
+        self.threads: set[int] = set()
+
+    def compress(self, plain: Buffer, /) -> bytes:
+        self.packed += 1
+        self.threads.add(threading.get_ident())
+        return zlib.compress(plain, 1)
+
+    def decompress(self, packed: Buffer, /) -> Buffer:
+        self.unpacked += 1
+        self.threads.add(threading.get_ident())
+        return zlib.decompress(packed)
