@@ -524,8 +524,9 @@ class AdvancedMemorySwapper:
         """How much a block deserves its memory, 0..1: the mean of three shares.
 
         Frequency: its accesses over those of the block with the most. Recency: 1 for the block
-        just accessed, one half 1024 accesses later. Nearness: 1 when the learned order of
-        accesses foretells it next, one half when one later, 0 when it does not foretell it.
+        just accessed, one half 1024 accesses later, those that go on with the block just
+        accessed left out. Nearness: 1 when the learned order of accesses foretells it next, one
+        half when one later, 0 when it does not foretell it.
 
         Raises
         ------
