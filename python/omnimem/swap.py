@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -641,9 +643,10 @@ class AdvancedMemorySwapper:
 
 def _encode(manager: CompressionManager, lease: _core.Lease) -> Any:
     """What the manager makes of a block, if it is worth it and gives back the same bytes."""
+    packed: memoryview | None = None
     try:
-        with memoryview(lease) as plain:
-            packed = memoryview(manager.compress(plain)).cast("B")
+        with memoryview(lease) as plain, memoryview(manager.compress(plain)) as made:
+            packed = made.cast("B")
             if packed.nbytes > (1 - _LEAST_SAVED) * plain.nbytes:
                 return None
             if _core._same_bytes(manager.decompress(packed), plain):
@@ -653,13 +656,18 @@ def _encode(manager: CompressionManager, lease: _core.Lease) -> Any:
             lease.name,
             type(manager).__name__,
         )
-    except Exception:
+    except Exception as error:
         log.warning(
             "block %r: %s failed; it is stored plain",
             lease.name,
             type(manager).__name__,
             exc_info=True,
         )
+        # Who keeps the log record keeps the frames, whose views would keep the block in memory.
+        traceback.clear_frames(error.__traceback__)
+        if packed is not None:
+            with contextlib.suppress(BufferError):
+                packed.release()
     return None
 
 
