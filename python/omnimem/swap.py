@@ -155,12 +155,13 @@ class AdvancedMemorySwapper:
     ValueError
         A threshold outside 0..1, a size that is none.
     IOFailure
-        The swap directory cannot be used.
+        io_uring was demanded and denied.
 
     Notes
     -----
     A face on one group of a `Store`: every byte, limit and counter is the core's. Thread safe.
-    A context manager: leaving it is `cleanup`.
+    A context manager: leaving it is `cleanup`. The swap file is made when the first block goes:
+    a directory that cannot be used is then told by `get_status()["swap_trouble"]`.
     """
 
     _GROUP = "swap"
