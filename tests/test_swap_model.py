@@ -1,0 +1,245 @@
+"""Random operations on a swapper against a dict that holds the same bytes, checked each time."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+
+import omnimem
+from omnimem import AdvancedMemorySwapper, NVMeOptimizer, SwapAlgorithm
+
+from .conftest import SOAK, data
+from .swappers import KIB, MIB, Zlib, settle, swap_all
+
+pytestmark = pytest.mark.soak
+HOST, DISK = 4 * MIB, 8 * MIB
+
+IDS = st.sampled_from([f"n{i}" for i in range(10)])
+SIZES = st.one_of(
+    st.sampled_from([0, 1, 4095, 4096, 4097, 64 * KIB, MIB - 1, MIB, 3 * MIB, HOST, HOST + 1]),
+    st.integers(0, 1200 * KIB),
+)
+REFUSED = (omnimem.LimitError, omnimem.DiskFullError)
+
+
+class Model(RuleBasedStateMachine):
+    """What is registered and written must read back the same, wherever it lies."""
+
+    io_backend = "auto"
+    views = Bundle("views")
+
+    @initialize(algorithm=st.sampled_from(SwapAlgorithm))
+    def open(self, algorithm: SwapAlgorithm) -> None:
+        self.directory = Path(tempfile.mkdtemp())
+        self.swapper = AdvancedMemorySwapper(
+            algorithm,
+            max_swap_size=DISK,
+            host_limit=HOST,
+            nvme_optimizer=NVMeOptimizer("64KiB", self.directory),
+            io_backend=self.io_backend,
+        )
+        self.codecs = [Zlib(), Zlib()]
+        self.model: dict[str, bytearray] = {}
+        self.pinned: set[str] = set()
+        self.held: dict[str, int] = {}
+        self.accesses = 0
+        self.seed = 0
+
+    def fresh(self, size: int, soft: bool) -> bytes:
+        self.seed += 1
+        return (data(97, self.seed) * (size // 97 + 1))[:size] if soft else data(size, self.seed)
+
+    @rule(
+        name=IDS,
+        size=SIZES,
+        how=st.sampled_from(["zeros", "copy", "take"]),
+        soft=st.booleans(),
+        pinned=st.sampled_from([False, False, False, True]),
+    )
+    def register(self, name: str, size: int, how: str, soft: bool, pinned: bool) -> None:
+        known = self.swapper.blocks.get(name)
+        content = bytes(size) if how == "zeros" else self.fresh(size, soft)
+        fields: dict[str, Any] = {}
+        if how != "zeros":
+            fields = {"data": bytearray(content), "take": how == "take"}
+        pinned = pinned and sum(len(self.model[name]) for name in self.pinned) + size < MIB
+        try:
+            block = self.swapper.register_memory_block(name, size, pinned=pinned, **fields)
+        except (*REFUSED, omnimem.BusyError):
+            assert known is None
+            assert name not in self.swapper.blocks
+            return
+        if known is not None:
+            assert block is known
+            return
+        self.model[name] = bytearray(content)
+        self.held[name] = 0
+        if pinned:
+            self.pinned.add(name)
+
+    @rule(name=IDS)
+    def access(self, name: str) -> None:
+        before = self.swapper.stats
+        try:
+            block = self.swapper.access_memory_block(name)
+        except omnimem.BusyError:
+            return
+        after = self.swapper.stats
+        more = (after.cache_hits + after.cache_misses) - (before.cache_hits + before.cache_misses)
+        assert (block is not None) == (name in self.model) == (more == 1)
+
+    @rule(name=IDS)
+    def read(self, name: str) -> None:
+        if name in self.model:
+            with contextlib.suppress(omnimem.BusyError):
+                assert memoryview(self.swapper.blocks[name]) == self.model[name]
+
+    @rule(name=IDS, at=st.floats(0, 1), whole=st.booleans())
+    def write(self, name: str, at: float, whole: bool) -> None:
+        if not self.model.get(name):
+            return
+        content = self.model[name]
+        with contextlib.suppress(omnimem.BusyError):
+            array = np.asarray(self.swapper.blocks[name])
+            if whole:
+                content[:] = self.fresh(len(content), True)
+                array[:] = np.frombuffer(content, np.uint8)
+            else:
+                place = int(at * (len(content) - 1))
+                content[place] ^= 255
+                array[place] = content[place]
+            del array
+
+    @rule(target=views, name=IDS)
+    def keep(self, name: str) -> object:
+        """A view that lives on while everything else happens; small ones, so that there is room."""
+        if name not in self.model or sum(self.held.values()) > 3 or len(self.model[name]) > MIB:
+            return multiple()
+        try:
+            view = memoryview(self.swapper.blocks[name])
+        except omnimem.BusyError:
+            return multiple()
+        self.held[name] += 1
+        return (name, view, self.model[name])
+
+    @rule(kept=consumes(views), write=st.booleans())
+    def look_and_drop(self, kept: tuple[str, memoryview, bytearray], write: bool) -> None:
+        name, view, content = kept
+        assert view == content
+        if write and content:
+            view[-1] = content[-1] = content[-1] ^ 1
+        view.release()
+        if self.model.get(name) is content:
+            self.held[name] -= 1
+
+    @rule(name=IDS, pinned=st.booleans())
+    def pin(self, name: str, pinned: bool) -> None:
+        if name not in self.model:
+            return
+        if pinned and sum(len(self.model[n]) for n in self.pinned | {name}) > MIB:
+            return
+        self.swapper.blocks[name].pinned = pinned
+        (self.pinned.add if pinned else self.pinned.discard)(name)
+
+    @rule()
+    def perform(self) -> None:
+        settle(self.swapper)
+        inside = {
+            name
+            for name, block in self.swapper.blocks.items()
+            if block.ptr and not block.pinned and not block.ref_count
+        }
+        count = swap_all(self.swapper)
+        out = {name for name in inside if not self.swapper.blocks[name].ptr}
+        assert count == len(out)
+        assert out == inside or self.swapper.get_status()["swap_trouble"]
+
+    @rule(name=IDS)
+    def unregister(self, name: str) -> None:
+        assert self.swapper.unregister_memory_block(name) == (name in self.model)
+        self.model.pop(name, None)
+        self.held.pop(name, None)
+        self.pinned.discard(name)
+
+    @rule(which=st.sampled_from([0, 1, None]))
+    def compression(self, which: int | None) -> None:
+        if which is None:
+            self.swapper._codec = None
+        else:
+            self.swapper.integrate_with_compression(self.codecs[which])
+
+    @rule(algorithm=st.sampled_from(SwapAlgorithm))
+    def algorithm(self, algorithm: SwapAlgorithm) -> None:
+        self.swapper.swap_algorithm = algorithm
+
+    @rule(names=st.lists(IDS, max_size=4))
+    def prefetch(self, names: list[str]) -> None:
+        with contextlib.suppress(KeyError):
+            ticket = self.swapper.prefetch(names)
+            with contextlib.suppress(omnimem.Error):
+                ticket.wait(0.1)
+
+    @invariant()
+    def is_sound(self) -> None:
+        if not hasattr(self, "swapper"):
+            return
+        self.swapper.store.check()
+        assert sorted(self.swapper.blocks) == sorted(self.model)
+        stats = self.swapper.store.stats()
+        assert stats.host.mapped_bytes <= HOST
+        assert stats.disk.used_bytes <= DISK
+        status = self.swapper.get_status()
+        assert status["pinned_blocks"] == len(self.pinned)
+        for name, content in self.model.items():
+            block = self.swapper.blocks[name]
+            assert block.size == len(content)
+            assert block.pinned == (name in self.pinned)
+            assert block.ref_count == self.held[name]
+            assert not (block.is_swapped and block.ptr)
+
+    def teardown(self) -> None:
+        if hasattr(self, "swapper"):
+            for name, content in self.model.items():
+                with contextlib.suppress(omnimem.BusyError):
+                    assert memoryview(self.swapper.blocks[name]) == content
+            self.swapper.store.check()
+            self.swapper.cleanup()
+            gc.collect()
+            shutil.rmtree(self.directory)
+
+
+def test_random_operations(io_backend: str) -> None:
+    class Machine(Model):
+        pass
+
+    Machine.io_backend = io_backend
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=400 if SOAK else 40,
+            stateful_step_count=60 if SOAK else 40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            derandomize=not SOAK,
+            database=None,
+        ),
+    )
