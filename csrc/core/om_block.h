@@ -55,6 +55,7 @@ struct om_body {
 	uint32_t align;         /* what a fill leaves where it was read, if that is so aligned */
 	unsigned holds;         /* threads that hash the bytes without the lock */
 	unsigned views;         /* atomic: references that foreign consumers hold */
+	unsigned shares;        /* leases for sharing that came or went: each may have written */
 	struct om_list holders; /* struct om_lease */
 	struct om_disk_copy disk_copy;
 	struct om_block *packed; /* the bytes as a face encoded them: a block of its own, `inner` */

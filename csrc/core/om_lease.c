@@ -21,6 +21,7 @@ struct om_lease *om_lease_make_locked(struct om_store *s, struct om_block *b, bo
 	l->block = b;
 	l->data = b->body->data;
 	l->write = write;
+	l->shares = b->body->shares;
 	l->segment = b->body->mem.segment;
 	l->foreign = b->body->foreign;
 	om_list_push_tail(&b->body->holders, &l->link);
@@ -64,6 +65,7 @@ void om_store_drain_locked(struct om_store *s)
 		om_list_del(&l->link);
 		if (l->write)
 			b->body->writer = false;
+		b->body->shares += l->share;
 		if (l->segment) /* before the block may go, so that its segment can be kept for the next */
 			om_segment_unref(l->segment);
 		l->segment = NULL;
@@ -174,6 +176,7 @@ static int own_bytes_locked(struct om_store *s, struct om_block *b, enum om_acce
 		if (b->body->ranges)
 			om_block_forget_origin(b);
 		b->body->touched = true;
+		b->body->shares++;
 		return 0;
 	}
 	om_block_forget_origin(b);

@@ -112,6 +112,9 @@ static int packable(const struct om_lease *l)
 		return om_err(OM_ENAME, "block '%s' was removed", b->name);
 	if (b->leases > 1 || b->pinned || b->body->move || b->body->holds)
 		return om_err(OM_EBUSY, "block '%s' is in use", b->name);
+	if (b->body->shares != l->shares)
+		return om_err(OM_EBUSY, "block '%s' may have been written to since it was leased",
+		              b->name);
 	return 0;
 }
 
@@ -128,7 +131,7 @@ int om_lease_pack(struct om_lease *l, const void *data, uint64_t nbytes, uint8_t
 	code = packable(l);
 	if (code)
 		return om_store_leave(s, code);
-	b->body->holds++; /* what is hashed now is what was encoded: nobody else has it to write to */
+	b->body->holds++; /* nobody writes alone meanwhile; who shares the bytes is seen afterwards */
 	s->inside++;
 	om_mutex_unlock(&s->lock);
 	hash = om_hash(l->data, b->nbytes);

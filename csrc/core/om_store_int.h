@@ -24,6 +24,7 @@ struct om_lease {
 	struct om_foreign *foreign; /* likewise */
 	void *data;
 	bool write, share;
+	unsigned shares;       /* block->body->shares when it was made */
 	struct om_list link;   /* block->holders */
 	struct om_lease *next; /* store->dropped */
 };

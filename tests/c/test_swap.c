@@ -390,6 +390,39 @@ static void encoded_forms(void)
 	om_store_unref(s);
 }
 
+/* A view that comes and goes while a face encodes the bytes may have written to them: what was made of
+ * them must not replace them. */
+static void written_to_while_it_is_encoded(void)
+{
+	struct om_store *s = open_store(8 << 20, 32 << 20);
+	static const uint8_t small[1000] = "what the bytes were";
+	struct om_lease *victim, *view;
+	struct om_block *b;
+
+	CHECK_EQ(om_store_add(s, "a", NULL, data, BYTES, NULL, SOON), 0);
+	b = block_of(s, "a");
+	CHECK_EQ(om_store_victim(s, NULL, &victim), 0);
+	CHECK_EQ(om_block_lease_bytes(s, b, OM_SHARE, SOON, &view), 0);
+	CHECK_EQ(om_lease_pack(victim, small, sizeof(small), 5), OM_EBUSY);
+	data[9] ^= 1;
+	((uint8_t *)om_lease_data(view))[9] ^= 1;
+	om_lease_unref(view);
+	CHECK_EQ(om_lease_pack(victim, small, sizeof(small), 5), OM_EBUSY);
+	om_lease_unref(victim);
+	/* The view was there first. */
+	CHECK_EQ(om_block_lease_bytes(s, b, OM_SHARE, SOON, &view), 0);
+	CHECK_EQ(om_store_lease(s, "a", OM_READ, SOON, &victim), 0);
+	data[10] ^= 1;
+	((uint8_t *)om_lease_data(view))[10] ^= 1;
+	om_lease_unref(view);
+	CHECK_EQ(om_lease_pack(victim, small, sizeof(small), 5), OM_EBUSY);
+	om_lease_unref(victim);
+	CHECK_EQ(swap_out(s, UINT64_MAX).blocks, 1);
+	expect(s, "a", data, BYTES);
+	om_block_unref(b);
+	om_store_unref(s);
+}
+
 /* ---- against a model ---- */
 
 #define MODEL_BLOCKS 24
@@ -527,6 +560,7 @@ int main(void)
 	a_full_disk_stops_it();
 	the_swap_file_shrinks();
 	encoded_forms();
+	written_to_while_it_is_encoded();
 	for (seed = 1; seed <= 3; seed++)
 		against_a_model(seed * 77);
 	rmdir(dir);
