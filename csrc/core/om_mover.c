@@ -170,7 +170,9 @@ static bool prepare_bounce(struct slot *slot, const struct om_move *m, const str
 		om_err(-ENOMEM, "no memory for a bounce buffer of %u bytes", slot->length);
 		return false;
 	}
+	om_racy_reads_begin();
 	memcpy(slot->bounce, p->mem + at, wanted);
+	om_racy_reads_end();
 	memset((char *)slot->bounce + wanted, 0, slot->length - wanted);
 	return true;
 }

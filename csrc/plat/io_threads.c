@@ -39,8 +39,11 @@ static int transfer(const struct om_io_req *req)
 	char *at = (char *)req->buf + req->done;
 	size_t len = req->len - req->done;
 	off_t offset = (off_t)(req->offset + req->done);
-	ssize_t n = req->write ? pwrite(req->fd, at, len, offset) : pread(req->fd, at, len, offset);
+	ssize_t n;
 
+	om_racy_reads_begin();
+	n = req->write ? pwrite(req->fd, at, len, offset) : pread(req->fd, at, len, offset);
+	om_racy_reads_end();
 	return n < 0 ? -errno : (int)n;
 }
 

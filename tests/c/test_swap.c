@@ -167,7 +167,9 @@ static void rescued_and_written_to(void)
 		CHECK_EQ(om_swap_begin(s, NULL, UINT64_MAX, &w), 0);
 		om_swap_wait(w, om_now() + (uint64_t)(i % 20) * 100000);
 		CHECK_EQ(om_block_lease_bytes(s, b, OM_SHARE, SOON, &l), 0);
+		om_mutex_lock(&s->lock);
 		rescued += b->body->move != NULL;
+		om_mutex_unlock(&s->lock);
 		data[i * 5000] = (uint8_t)(i + 1);
 		((uint8_t *)om_lease_data(l))[i * 5000] = (uint8_t)(i + 1);
 		om_lease_unref(l);
