@@ -283,9 +283,10 @@ struct om_swapped {
 	uint64_t blocks, bytes; /* that left HOST by this call */
 };
 /* Move idle blocks of a group out, as its policy says, until `bytes` of HOST are free (0: until what is on
- * its way out is out), nothing more can go, or the disk refuses (see om_group_stats.trouble). One thread. om_swap_wait returns 0 when it is done
- * and their memory is the system's again, but for a warm reserve; OM_EBUSY at the deadline: call again to
- * go on. What is being written when om_swap_end is called goes on. */
+ * its way out is out), nothing more can go, or the disk refuses (see om_group_stats.trouble). It is no more
+ * than the group has at the beginning: what others bring back meanwhile keeps nobody here. One thread.
+ * om_swap_wait returns 0 when it is done and their memory is the system's again, but for a warm reserve;
+ * OM_EBUSY at the deadline: call again to go on. What is being written when om_swap_end is called goes on. */
 struct om_swap;
 int om_swap_begin(struct om_store *s, const char *group, uint64_t bytes, struct om_swap **ret);
 int om_swap_wait(struct om_swap *w, uint64_t deadline_ns);

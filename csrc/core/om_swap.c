@@ -107,15 +107,17 @@ int om_swap_begin(struct om_store *s, const char *group, uint64_t bytes, struct 
 
 	if (!code) {
 		w->store = s;
-		w->want = bytes;
 		w->group = om_store_find_group_locked(s, group);
+		if (w->group) {
+			w->want = OM_MIN(bytes, w->group->used_bytes);
+			w->group->trouble[0] = '\0';
+		}
 		code = om_store_leave(s, w->group ? 0 : om_err_last()->code);
 	}
 	if (code) {
 		om_free(w);
 		return code;
 	}
-	w->group->trouble[0] = '\0';
 	om_store_ref(s);
 	*ret = w;
 	return 0;
