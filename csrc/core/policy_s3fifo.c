@@ -163,7 +163,9 @@ static uint32_t victim(struct om_policy *p, om_may *may, void *arg)
 		at = small_victim(s, may, arg);
 	if (at == OM_NIL)
 		at = main_victim(s, may, arg);
-	return at == OM_NIL ? small_victim(s, may, arg) : at;
+	if (at == OM_NIL)
+		at = small_victim(s, may, arg);
+	return at == OM_NIL ? main_victim(s, may, arg) : at; /* what has just moved there */
 }
 
 static void drop(struct om_policy *p, uint32_t slot, bool evicted)

@@ -195,6 +195,26 @@ static void drains(const struct om_policy_ops *ops)
 	om_policy_destroy(p);
 }
 
+/* S3-FIFO looks through main, where nothing may go, and then through small, whose one member was used so
+ * often that it moves to main: it is found there. */
+static void the_only_one_has_just_moved(void)
+{
+	static const uint64_t bytes[] = { 100, 500, 500 }; /* the first is no larger than small */
+	struct model m = { .busy = { [1] = true, [2] = true }, .count = 3, .idle = 1 };
+	struct om_policy *p;
+
+	CHECK_EQ(om_policy_create(&om_policy_s3fifo, 1000, &p), 0);
+	CHECK_EQ(om_policy_grow(p, 3), 0);
+	for (uint32_t slot = 0; slot < 3; slot++) {
+		p->ops->add(p, slot, bytes[slot]);
+		m.member[slot] = true;
+	}
+	p->ops->access(p, 0, 100, true);
+	p->ops->access(p, 0, 100, true);
+	check_victim(p, &m);
+	om_policy_destroy(p);
+}
+
 static void without_memory(void)
 {
 	static const char *const names[] = {
@@ -390,6 +410,7 @@ int main(void)
 		drains(all[i]);
 		grows_later(all[i]);
 	}
+	the_only_one_has_just_moved();
 	without_memory();
 	in_stores();
 	return 0;
