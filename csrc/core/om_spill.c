@@ -80,15 +80,21 @@ static int drop_stale_locked(struct om_store *s)
 	return found;
 }
 
-static int grow_swap_locked(struct om_store *s, uint64_t target)
+/* Grow the swap file to `least` bytes, or up to `target` where that takes no more than half of what is
+ * free. */
+static int grow_swap_locked(struct om_store *s, uint64_t least, uint64_t target)
 {
 	struct om_file *file = s->disk.file;
+	uint64_t free_bytes;
 	int code = 0;
 
 	s->disk.growing = true;
 	om_mutex_unlock(&s->lock);
 	if (!file)
 		code = om_file_create_swap(s->disk.directory, &file);
+	if (!code && !om_file_free_bytes(file, &free_bytes))
+		target = OM_MIN(target, om_down(file->id.size + free_bytes / 2, OM_PAGE));
+	target = OM_MAX(target, least);
 	if (!code)
 		code = om_file_grow(file, target);
 	om_mutex_lock(&s->lock);
@@ -158,13 +164,26 @@ int om_spill_busy_error(struct om_store *s, const struct om_block *b, uint64_t b
 	return OM_EBUSY;
 }
 
+/* The swap file cannot grow, but what is in use or on its way may give way later. */
+static int grow_busy_error(const struct om_block *b, const struct om_error *why)
+{
+	om_err(OM_EBUSY, "block '%s': %s (the bytes are still in memory)", b->name, why->text);
+	om_err_file(why->filename);
+	return OM_EBUSY;
+}
+
+static bool limit_binds(const struct om_disk *d, uint64_t bytes)
+{
+	return d->used_bytes + bytes > d->limit_bytes;
+}
+
 /* Runs within the limit, with disk blocks behind them. -ENOSPC: the file has to grow first. */
 static int try_reserve_locked(struct om_store *s, struct om_block *b, uint64_t bytes)
 {
 	struct om_disk_copy *copy = &b->body->disk_copy;
 	int code;
 
-	if (s->disk.used_bytes + bytes > s->disk.limit_bytes)
+	if (limit_binds(&s->disk, bytes))
 		return disk_full_error(s, b, bytes);
 	if (s->disk.taken)
 		return -ENOSPC;
@@ -179,6 +198,8 @@ static int try_reserve_locked(struct om_store *s, struct om_block *b, uint64_t b
 static int disk_reserve_locked(struct om_store *s, struct om_block *b, uint64_t bytes)
 {
 	for (;;) {
+		bool limit = limit_binds(&s->disk, bytes);
+		struct om_error why;
 		int stale, code = try_reserve_locked(s, b, bytes);
 
 		if (code == -ENOSPC && (s->disk.growing || s->disk.taken)) {
@@ -186,17 +207,19 @@ static int disk_reserve_locked(struct om_store *s, struct om_block *b, uint64_t 
 			continue;
 		}
 		if (code == -ENOSPC) {
-			code = grow_swap_locked(s, om_disk_target(&s->disk, bytes));
+			code = grow_swap_locked(s, s->disk.used_bytes + bytes,
+			                        om_disk_target(&s->disk, bytes));
 			if (!code)
 				continue;
 		}
 		if (!code || code == -ENOMEM)
 			return code;
+		why = *om_err_last();
 		stale = drop_stale_locked(s);
 		if (stale == OM_EBUSY)
-			return om_spill_busy_error(s, b, bytes);
+			return limit ? om_spill_busy_error(s, b, bytes) : grow_busy_error(b, &why);
 		if (!stale)
-			return code; /* with the message that it came with */
+			return om_err_set(&why);
 	}
 }
 

@@ -303,8 +303,11 @@ int om_file_grow(struct om_file *f, uint64_t bytes)
 	while (error == EINTR);
 	if (error == EOPNOTSUPP || error == ENOSYS)
 		error = ftruncate(f->fd, (off_t)bytes) ? errno : 0;
-	if (error)
+	if (error) {
+		/* ext4 keeps what it could allocate until then: the rest of the disk. */
+		(void)!ftruncate(f->fd, (off_t)f->id.size);
 		return grow_failed(f, bytes, error);
+	}
 	f->id.size = bytes;
 	return 0;
 }
@@ -333,9 +336,8 @@ int om_file_claim(struct om_file *f, uint64_t offset, uint64_t bytes)
 	do
 		error = fallocate(f->fd, 0, (off_t)offset, (off_t)bytes) ? errno : 0;
 	while (error == EINTR);
-	return error && error != EOPNOTSUPP && error != ENOSYS
-	               ? grow_failed(f, f->id.size, error)
-	               : 0;
+	return error && error != EOPNOTSUPP && error != ENOSYS ? grow_failed(f, f->id.size, error)
+	                                                       : 0;
 }
 
 int om_file_free_bytes(struct om_file *f, uint64_t *ret_bytes)
