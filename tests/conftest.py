@@ -125,6 +125,39 @@ def store(open_store: Callable[..., omnimem.Store]) -> omnimem.Store:
     return open_store()
 
 
+@pytest.fixture
+def open_swapper(
+    tmp_path: Path, io_backend: str
+) -> Iterator[Callable[..., omnimem.AdvancedMemorySwapper]]:
+    """Opens swappers whose `perform_swapping` moves out all that can go; checks and closes them."""
+    swappers = []
+
+    def open_one(
+        directory: Path | None = None, block_size: str = "64KiB", **fields: object
+    ) -> omnimem.AdvancedMemorySwapper:
+        nvme = omnimem.NVMeOptimizer(
+            block_size, directory or tmp_path / "swap", 8, allow_ram_file_system=True
+        )
+        fields = {
+            "swap_threshold": 0.0,
+            "max_swap_size": "64MiB",
+            "host_limit": "64MiB",
+            "io_backend": io_backend,
+        } | fields
+        swappers.append(omnimem.AdvancedMemorySwapper(nvme_optimizer=nvme, **fields))
+        return swappers[-1]
+
+    yield open_one
+    _core._fault_reset()
+    for swapper in swappers:
+        try:
+            swapper.store.check()
+        except omnimem.ClosedError:
+            pass
+        finally:
+            swapper.cleanup()
+
+
 def data(nbytes: int, seed: int = 0) -> bytes:
     """Bytes that no other seed has."""
     return random.Random(f"{nbytes} {seed}").randbytes(nbytes)
