@@ -106,6 +106,23 @@ def open_swapper(
 
 
 @pytest.fixture
+def open_eager_swapper(
+    tmp_path: Path, open_swapper: Callable[..., omnimem.AdvancedMemorySwapper]
+) -> Callable[..., omnimem.AdvancedMemorySwapper]:
+    """As `open_swapper`; `perform_swapping` moves out all that can go, in small requests."""
+
+    def open_one(
+        directory: Path | None = None, block_size: str = "64KiB", **fields: Any
+    ) -> omnimem.AdvancedMemorySwapper:
+        nvme = omnimem.NVMeOptimizer(
+            block_size, directory or tmp_path / "swap", 8, allow_ram_file_system=True
+        )
+        return open_swapper(**{"swap_threshold": 0.0, "nvme_optimizer": nvme} | fields)
+
+    return open_one
+
+
+@pytest.fixture
 def swapper(
     open_swapper: Callable[..., omnimem.AdvancedMemorySwapper],
 ) -> omnimem.AdvancedMemorySwapper:
@@ -123,39 +140,6 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 @pytest.fixture
 def store(open_store: Callable[..., omnimem.Store]) -> omnimem.Store:
     return open_store()
-
-
-@pytest.fixture
-def open_swapper(
-    tmp_path: Path, io_backend: str
-) -> Iterator[Callable[..., omnimem.AdvancedMemorySwapper]]:
-    """Opens swappers whose `perform_swapping` moves out all that can go; checks and closes them."""
-    swappers = []
-
-    def open_one(
-        directory: Path | None = None, block_size: str = "64KiB", **fields: object
-    ) -> omnimem.AdvancedMemorySwapper:
-        nvme = omnimem.NVMeOptimizer(
-            block_size, directory or tmp_path / "swap", 8, allow_ram_file_system=True
-        )
-        fields = {
-            "swap_threshold": 0.0,
-            "max_swap_size": "64MiB",
-            "host_limit": "64MiB",
-            "io_backend": io_backend,
-        } | fields
-        swappers.append(omnimem.AdvancedMemorySwapper(nvme_optimizer=nvme, **fields))
-        return swappers[-1]
-
-    yield open_one
-    _core._fault_reset()
-    for swapper in swappers:
-        try:
-            swapper.store.check()
-        except omnimem.ClosedError:
-            pass
-        finally:
-            swapper.cleanup()
 
 
 def data(nbytes: int, seed: int = 0) -> bytes:

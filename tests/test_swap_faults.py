@@ -97,8 +97,8 @@ def hog(directory: Path, leave: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("left", [0, 3 * MIB])
-def test_no_space(open_swapper: Opener, small_disk: Path, left: int) -> None:
-    swapper = open_swapper(small_disk, max_swap_size="1GiB")
+def test_no_space(open_eager_swapper: Opener, small_disk: Path, left: int) -> None:
+    swapper = open_eager_swapper(small_disk, max_swap_size="1GiB")
     assert swapper.max_swap_size < free_bytes(small_disk)
     contents = register(swapper, 16, 512 * KIB)
     with hog(small_disk, left):
@@ -117,9 +117,9 @@ def test_no_space(open_swapper: Opener, small_disk: Path, left: int) -> None:
     verify(swapper, contents)
 
 
-def test_no_space_after_a_while(open_swapper: Opener, small_disk: Path) -> None:
+def test_no_space_after_a_while(open_eager_swapper: Opener, small_disk: Path) -> None:
     """There is a swap file already, and it would have to grow."""
-    swapper = open_swapper(small_disk, max_swap_size="4MiB")
+    swapper = open_eager_swapper(small_disk, max_swap_size="4MiB")
     contents = register(swapper, 6, 512 * KIB)
     assert swapper.perform_swapping() == 6
     swapper.max_swap_size = "1GiB"
@@ -168,8 +168,8 @@ def test_file_size_limit(tmp_path: Path, io_backend: str, limit: int) -> None:
     assert out[1] == "8 None"
 
 
-def test_full_swap_area(open_swapper: Opener) -> None:
-    swapper = open_swapper(max_swap_size="2MiB")
+def test_full_swap_area(open_eager_swapper: Opener) -> None:
+    swapper = open_eager_swapper(max_swap_size="2MiB")
     contents = register(swapper, 8, 512 * KIB - 100)
     for _ in range(3):
         gone = swapper.perform_swapping()
@@ -186,10 +186,10 @@ def test_full_swap_area(open_swapper: Opener) -> None:
 # ---- the directory ----
 
 
-def test_directory_removed(open_swapper: Opener, tmp_path: Path) -> None:
+def test_directory_removed(open_eager_swapper: Opener, tmp_path: Path) -> None:
     """The file has no name: it goes on working, and grows."""
     where = tmp_path / "deep" / "swap"
-    swapper = open_swapper(where)
+    swapper = open_eager_swapper(where)
     contents = register(swapper, 4, 512 * KIB)
     assert swapper.perform_swapping() == 4
     shutil.rmtree(tmp_path / "deep")
@@ -202,10 +202,10 @@ def test_directory_removed(open_swapper: Opener, tmp_path: Path) -> None:
     assert not where.exists()
 
 
-def test_directory_removed_before_use(open_swapper: Opener, tmp_path: Path) -> None:
+def test_directory_removed_before_use(open_eager_swapper: Opener, tmp_path: Path) -> None:
     where = tmp_path / "swap"
     where.mkdir()
-    swapper = open_swapper(where)
+    swapper = open_eager_swapper(where)
     contents = register(swapper, 4, 512 * KIB)
     where.rmdir()
     assert swapper.perform_swapping() == 4  # it is made anew
@@ -236,9 +236,9 @@ def read_only(directory: Path) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
-def test_directory_read_only_while_running(open_swapper: Opener, tmp_path: Path) -> None:
+def test_directory_read_only_while_running(open_eager_swapper: Opener, tmp_path: Path) -> None:
     where = tmp_path / "swap"
-    swapper = open_swapper(where)
+    swapper = open_eager_swapper(where)
     contents = register(swapper, 4, 512 * KIB)
     assert swapper.perform_swapping() == 4
     with read_only(where):
@@ -251,10 +251,10 @@ def test_directory_read_only_while_running(open_swapper: Opener, tmp_path: Path)
         verify(swapper, contents)
 
 
-def test_directory_read_only_before_use(open_swapper: Opener, tmp_path: Path) -> None:
+def test_directory_read_only_before_use(open_eager_swapper: Opener, tmp_path: Path) -> None:
     where = tmp_path / "swap"
     where.mkdir()
-    swapper = open_swapper(where)
+    swapper = open_eager_swapper(where)
     contents = register(swapper, 4, 512 * KIB)
     with read_only(where):
         assert swapper.perform_swapping() == 0
@@ -268,10 +268,10 @@ def test_directory_read_only_before_use(open_swapper: Opener, tmp_path: Path) ->
     verify(swapper, contents)
 
 
-def test_directory_is_none(open_swapper: Opener, tmp_path: Path) -> None:
+def test_directory_is_none(open_eager_swapper: Opener, tmp_path: Path) -> None:
     """A file lies where the directory should be made; another directory will do."""
     (tmp_path / "file").write_bytes(b"")
-    swapper = open_swapper(tmp_path / "file" / "swap")
+    swapper = open_eager_swapper(tmp_path / "file" / "swap")
     contents = register(swapper, 2, 512 * KIB)
     assert swapper.perform_swapping() == 0
     assert "Not a directory" in str(trouble(swapper))
@@ -285,8 +285,8 @@ def test_directory_is_none(open_swapper: Opener, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("nth", [1, 5, 11])
-def test_write_error_midway(open_swapper: Opener, nth: int) -> None:
-    swapper = open_swapper()
+def test_write_error_midway(open_eager_swapper: Opener, nth: int) -> None:
+    swapper = open_eager_swapper()
     contents = register(swapper, 12, 100 * KIB)
     _core._fault_arm("write", nth, True)
     gone = swapper.perform_swapping()
@@ -301,9 +301,9 @@ def test_write_error_midway(open_swapper: Opener, nth: int) -> None:
 
 
 @pytest.mark.parametrize("nth", [1, 2])
-def test_read_error_midway(open_swapper: Opener, nth: int) -> None:
+def test_read_error_midway(open_eager_swapper: Opener, nth: int) -> None:
     """Of a block's two requests either fails, at an access, a view and a prefetch."""
-    swapper = open_swapper()
+    swapper = open_eager_swapper()
     contents = register(swapper, 4, 100 * KIB)
     assert swapper.perform_swapping() == 4
     uses: list[Callable[[str], object]] = [
@@ -325,8 +325,8 @@ def test_read_error_midway(open_swapper: Opener, nth: int) -> None:
 
 @pytest.mark.parametrize("nth", range(1, 6))
 @pytest.mark.parametrize("lasting", [False, True])
-def test_short_transfers(open_swapper: Opener, nth: int, lasting: bool) -> None:
-    swapper = open_swapper()
+def test_short_transfers(open_eager_swapper: Opener, nth: int, lasting: bool) -> None:
+    swapper = open_eager_swapper()
     contents = register(swapper, 6, 150 * KIB + 7)
     _core._fault_arm("short", nth, lasting)
     assert swapper.perform_swapping() == 6
@@ -375,11 +375,11 @@ def mutate(rng: random.Random, image: bytes, at: int, size: int) -> tuple[int, b
     return at, image[at + 1 : at + size] + image[at : at + 1]  # all of it, one byte on
 
 
-def test_mutations(open_swapper: Opener, tmp_path: Path) -> None:
+def test_mutations(open_eager_swapper: Opener, tmp_path: Path) -> None:
     """10,000 times: the right bytes or CorruptError, and nothing else."""
     rng = random.Random(20)
     blocks, rounds, size = 100, 100, 6000
-    swapper = open_swapper()
+    swapper = open_eager_swapper()
     swapper.store.group("swap", 0, "lru", False)  # nothing is fetched while the file is whole
     contents = register(swapper, blocks, size)
     assert swapper.perform_swapping() == blocks
@@ -417,8 +417,8 @@ def test_mutations(open_swapper: Opener, tmp_path: Path) -> None:
     verify(swapper, contents)
 
 
-def test_exchanged_extents(open_swapper: Opener, tmp_path: Path) -> None:
-    swapper = open_swapper()
+def test_exchanged_extents(open_eager_swapper: Opener, tmp_path: Path) -> None:
+    swapper = open_eager_swapper()
     contents = register(swapper, 6, 100 * KIB)
     assert swapper.perform_swapping() == 6
     fd = swap_file(tmp_path / "swap")
@@ -592,9 +592,11 @@ def attempt(operation: Callable[[World], None], world: World) -> str:
 @pytest.mark.soak
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("point", POINTS)
-def test_nth_failure(open_swapper: Opener, point: str, operation: Callable[[World], None]) -> None:
+def test_nth_failure(
+    open_eager_swapper: Opener, point: str, operation: Callable[[World], None]
+) -> None:
     for nth in range(MOST):  # the 0th: it lasts
-        world = World(open_swapper())
+        world = World(open_eager_swapper())
         _core._fault_arm(point, max(nth, 1), nth == 0)
         failed = attempt(operation, world)
         fired = _core._fault_fired(point)
