@@ -242,3 +242,16 @@ def test_free_bytes(tmp_path: Path) -> None:
     assert 0 < free_bytes(tmp_path / "not" / "there") <= state.f_blocks * state.f_frsize
     with pytest.raises(TypeError):
         free_bytes(None)  # type: ignore[arg-type]
+
+
+def test_the_default_directory_is_no_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/shm")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _storage.default_directory() == f"{tmp_path}/.cache/omnimem"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _storage.default_directory() == f"{tmp_path}/omnimem"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/dev/shm")
+    assert _storage.default_directory() == "/var/tmp"

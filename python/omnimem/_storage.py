@@ -122,14 +122,14 @@ def ram_file_system(directory: str | os.PathLike[str], root: str = "/") -> str |
 
 
 def default_directory() -> str:
-    """Where the core puts a swap file by default: the user's cache, else /var/tmp."""
+    """The first of the user's cache and /var/tmp that can be written and lies on no RAM."""
     cache, home = os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME", "")
     choices = [
         *([f"{cache}/omnimem"] if cache.startswith("/") else []),
         *([f"{home}/.cache/omnimem"] if home.startswith("/") else []),
     ]
     for choice in choices:
-        if os.access(_existing(choice), os.W_OK):
+        if os.access(_existing(choice), os.W_OK) and not ram_file_system(choice):
             return choice
     return "/var/tmp"
 

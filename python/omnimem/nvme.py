@@ -26,8 +26,9 @@ class NVMeOptimizer:
         at most 1 MiB. Blocks of any size can be registered.
     swap_directory : path, optional
         Where the swap file lies: a nameless file in a private folder (mode 0700) of ours, which
-        is gone with the process however that ends. By default `$XDG_CACHE_HOME/omnimem`, else
-        `~/.cache/omnimem`. It can be set until the first block is written out.
+        is gone with the process however that ends. By default `$XDG_CACHE_HOME/omnimem`,
+        `~/.cache/omnimem` or `/var/tmp`, the first that can be written and is no memory. It can
+        be set until the first block is written out.
     max_concurrent_swaps : int
         Blocks in flight at a time, 1 to 256; the others wait for their turn.
     allow_ram_file_system : bool
@@ -59,7 +60,6 @@ class NVMeOptimizer:
         self._store: Store | None = None
         self._limit = 0
         self._asked = 0
-        self._given = swap_directory is not None
         self._directory = self._check(
             default_directory() if swap_directory is None else swap_directory
         )
@@ -84,7 +84,6 @@ class NVMeOptimizer:
         where = self._check(directory)
         if self._store is not None:
             self._store._disk(where, self._fit(where, self._asked))
-        self._given = True
         self._directory = where
         self._limit = self._fit(where, self._asked)
 
@@ -141,7 +140,7 @@ class NVMeOptimizer:
             StoreConfig(
                 host_limit=host_limit,
                 disk_limit=self._limit,
-                directory=self._directory if self._given else None,
+                directory=self._directory,
                 io_backend=io_backend,
                 io_window=self._window(),
                 io_request=self._request(),
