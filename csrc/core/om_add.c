@@ -101,8 +101,26 @@ static int adopt_bytes_locked(struct om_store *s, struct om_block *b, struct om_
 	return code;
 }
 
-static int add_sole(struct om_store *s, const char *name, const char *group, const void *data,
-                    uint64_t nbytes, const struct om_desc *desc, struct om_foreign *foreign,
+/* Where the bytes of a block without an origin come from: one of both, or nowhere: zeros, made later. */
+struct source {
+	const void *data;
+	struct om_foreign *foreign;
+	bool zeros;
+};
+
+/* The bytes, if there are any, and then the name. */
+static int bring_in_locked(struct om_store *s, struct om_block *b, const struct source *from,
+                           uint64_t deadline_ns)
+{
+	if (from->zeros)
+		return om_table_insert(&s->table, b);
+	om_block_access(b);
+	return from->foreign ? adopt_bytes_locked(s, b, from->foreign, deadline_ns)
+	                     : add_bytes_locked(s, b, from->data, deadline_ns);
+}
+
+static int add_sole(struct om_store *s, const char *name, const char *group,
+                    const struct source *from, uint64_t nbytes, const struct om_desc *desc,
                     uint64_t deadline_ns)
 {
 	struct om_block *b;
@@ -113,14 +131,13 @@ static int add_sole(struct om_store *s, const char *name, const char *group, con
 	code = begin_block_locked(s, name, group, nbytes, &b);
 	if (code)
 		return om_store_leave(s, code);
-	code = om_block_wake(b, desc);
+	if (desc || !from->zeros)
+		code = om_block_wake(b, desc);
 	if (!code)
 		code = om_room_admit_locked(s, name, nbytes);
 	if (!code) {
 		s->adding++; /* close waits for us */
-		om_block_access(b);
-		code = foreign ? adopt_bytes_locked(s, b, foreign, deadline_ns)
-		               : add_bytes_locked(s, b, data, deadline_ns);
+		code = bring_in_locked(s, b, from, deadline_ns);
 		s->adding--;
 		if (code)
 			om_room_unadmit_locked(s, nbytes);
@@ -138,35 +155,14 @@ static int add_sole(struct om_store *s, const char *name, const char *group, con
 int om_store_add_zeros(struct om_store *s, const char *name, const char *group, uint64_t nbytes,
                        const struct om_desc *desc)
 {
-	struct om_block *b;
-	int code = om_store_enter(s);
-
-	if (code)
-		return code;
-	code = begin_block_locked(s, name, group, nbytes, &b);
-	if (code)
-		return om_store_leave(s, code);
-	code = desc ? om_block_wake(b, desc) : 0;
-	if (!code)
-		code = om_room_admit_locked(s, name, nbytes);
-	if (!code) {
-		code = om_table_insert(&s->table, b);
-		if (code)
-			om_room_unadmit_locked(s, nbytes);
-	}
-	if (code) {
-		struct om_error error = *om_err_last();
-
-		om_block_retire(b);
-		om_err_set(&error);
-	}
-	return om_store_leave(s, code);
+	return add_sole(s, name, group, &(struct source){ .zeros = true }, nbytes, desc, 0);
 }
 
 int om_store_add(struct om_store *s, const char *name, const char *group, const void *data,
                  uint64_t nbytes, const struct om_desc *desc, uint64_t deadline_ns)
 {
-	return add_sole(s, name, group, data, nbytes, desc, NULL, deadline_ns);
+	return add_sole(s, name, group, &(struct source){ .data = data }, nbytes, desc,
+	                deadline_ns);
 }
 
 int om_store_take(struct om_store *s, const char *name, const char *group, void *data,
@@ -179,7 +175,8 @@ int om_store_take(struct om_store *s, const char *name, const char *group, void 
 	if (!f)
 		return -ENOMEM;
 	*f = (struct om_foreign){ .refs = 1, .data = data, .release = release, .context = context };
-	code = add_sole(s, name, group, NULL, nbytes, desc, f, deadline_ns);
+	code = add_sole(s, name, group, &(struct source){ .foreign = f }, nbytes, desc,
+	                deadline_ns);
 	if (code)
 		om_free(f);
 	return code;

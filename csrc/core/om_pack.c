@@ -29,13 +29,10 @@ int om_store_victim(struct om_store *s, const char *group, struct om_lease **ret
 {
 	struct om_group *g;
 	struct om_block *b;
-	int code = om_store_enter(s);
+	int code = om_store_enter_group(s, group, &g);
 
 	if (code)
 		return code;
-	g = om_store_find_group_locked(s, group);
-	if (!g)
-		return om_store_leave(s, om_err_last()->code);
 	b = om_room_plain_victim_locked(g);
 	if (!b)
 		return om_store_leave(s, OM_EAGAIN);

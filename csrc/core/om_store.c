@@ -269,16 +269,23 @@ struct om_group *om_store_find_group_locked(struct om_store *s, const char *name
 	return g;
 }
 
-int om_store_group(struct om_store *s, const char *group, uint64_t host_limit_bytes)
+int om_store_enter_group(struct om_store *s, const char *name, struct om_group **ret)
 {
-	struct om_group *g;
 	int code = om_store_enter(s);
 
 	if (code)
 		return code;
-	g = om_store_find_group_locked(s, group);
-	if (!g)
-		return om_store_leave(s, om_err_last()->code);
+	*ret = om_store_find_group_locked(s, name);
+	return *ret ? 0 : om_store_leave(s, om_err_last()->code);
+}
+
+int om_store_group(struct om_store *s, const char *group, uint64_t host_limit_bytes)
+{
+	struct om_group *g;
+	int code = om_store_enter_group(s, group, &g);
+
+	if (code)
+		return code;
 	g->limit_bytes = om_down(host_limit_bytes, OM_PAGE);
 	g->lowered_from = g->used_bytes;
 	g->policy->capacity = g->limit_bytes ? g->limit_bytes : s->host_limit_bytes;
@@ -296,22 +303,16 @@ int om_store_policy(struct om_store *s, const char *group, const char *policy)
 	if (!ops)
 		return om_err(OM_EVALUE, "no policy is named '%s'; there are " OM_POLICY_NAMES,
 		              policy);
-	code = om_store_enter(s);
-	if (code)
-		return code;
-	g = om_store_find_group_locked(s, group);
-	return om_store_leave(s, g ? om_group_set_policy(g, ops) : om_err_last()->code);
+	code = om_store_enter_group(s, group, &g);
+	return code ? code : om_store_leave(s, om_group_set_policy(g, ops));
 }
 
 int om_store_foresee(struct om_store *s, const char *group, bool on)
 {
 	struct om_group *g;
-	int code = om_store_enter(s);
+	int code = om_store_enter_group(s, group, &g);
 
-	if (code)
-		return code;
-	g = om_store_find_group_locked(s, group);
-	return om_store_leave(s, g ? om_group_foresee(g, on) : om_err_last()->code);
+	return code ? code : om_store_leave(s, om_group_foresee(g, on));
 }
 
 struct om_block *om_store_find_locked(struct om_store *s, const char *name)

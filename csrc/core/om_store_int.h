@@ -83,6 +83,8 @@ int om_store_leave(struct om_store *s, int code); /* returns the code */
 /* As om_store_enter, with a block that stays until om_store_leave_block; also OM_ENAME. */
 int om_store_enter_block(struct om_store *s, const char *name, struct om_block **ret);
 int om_store_leave_block(struct om_store *s, struct om_block *b, int code);
+/* As om_store_enter, with a group, which is made if need be; also OM_EVALUE, -ENOMEM. */
+int om_store_enter_group(struct om_store *s, const char *name, struct om_group **ret);
 void om_store_unref_memory(struct om_store *s); /* the last one frees it */
 /* Wait for a change, at most until the deadline or a few milliseconds (released leases come without
  * a signal); with work queued, do a piece of that instead. */

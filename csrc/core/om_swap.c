@@ -103,24 +103,18 @@ static void begin_one_locked(struct om_swap *w, struct om_block *b)
 int om_swap_begin(struct om_store *s, const char *group, uint64_t bytes, struct om_swap **ret)
 {
 	struct om_swap *w = om_alloc(1, sizeof(*w));
-	int code = w ? om_store_enter(s) : -ENOMEM;
+	int code = w ? om_store_enter_group(s, group, &w->group) : -ENOMEM;
 
-	if (!code) {
-		w->store = s;
-		w->group = om_store_find_group_locked(s, group);
-		if (w->group) {
-			w->want = OM_MIN(bytes, w->group->used_bytes);
-			w->group->trouble[0] = '\0';
-		}
-		code = om_store_leave(s, w->group ? 0 : om_err_last()->code);
-	}
 	if (code) {
 		om_free(w);
 		return code;
 	}
+	w->store = s;
+	w->want = OM_MIN(bytes, w->group->used_bytes);
+	w->group->trouble[0] = '\0';
 	om_store_ref(s);
 	*ret = w;
-	return 0;
+	return om_store_leave(s, 0);
 }
 
 static uint64_t left_to_free(const struct om_swap *w)

@@ -85,13 +85,10 @@ int om_store_events(struct om_store *s, uint64_t from, struct om_event *ret, siz
 int om_store_group_stats(struct om_store *s, const char *group, struct om_group_stats *ret)
 {
 	struct om_group *g;
-	int code = om_store_enter(s);
+	int code = om_store_enter_group(s, group, &g);
 
 	if (code)
 		return code;
-	g = om_store_find_group_locked(s, group);
-	if (!g)
-		return om_store_leave(s, om_err_last()->code);
 	*ret = (struct om_group_stats){
 		.blocks = g->blocks,
 		.pinned = g->pinned,
@@ -178,13 +175,12 @@ int om_store_ranked(struct om_store *s, const char *group, bool most, size_t cou
 	struct rank *ranks = om_alloc(count + 1, sizeof(*ranks));
 	struct om_group *g;
 	size_t n = 0;
-	int code = ranks ? om_store_enter(s) : -ENOMEM;
+	int code = ranks ? om_store_enter_group(s, group, &g) : -ENOMEM;
 
 	if (code) {
 		om_free(ranks);
 		return code;
 	}
-	g = om_store_find_group_locked(s, group);
 	OM_LIST_FOREACH(link, &s->blocks) {
 		struct om_block *b = om_container_of(link, struct om_block, all);
 
