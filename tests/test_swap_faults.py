@@ -461,6 +461,27 @@ def loose(seed: int) -> bytes:
     return data(SIZE // 2, seed).ljust(SIZE, b"\0")
 
 
+def test_unregistered_while_it_is_encoded(open_swapper: Opener) -> None:
+    swapper = open_swapper()
+
+    class Forgetful(Strip):
+        def compress(self, plain: memoryview) -> bytes:
+            for name in [name for name, content in contents.items() if content == plain]:
+                assert swapper.unregister_memory_block(name)
+                del contents[name]
+            return super().compress(plain)
+
+    contents = {f"b{i}": loose(i) for i in range(3)}
+    for name, content in contents.items():
+        swapper.register_memory_block(name, SIZE, data=content)
+    swapper.integrate_with_compression(Forgetful())
+    assert swapper.perform_swapping() == 0
+    assert list(swapper.blocks) == []
+    swapper.register_memory_block("a", SIZE, data=loose(9))
+    assert swapper.perform_swapping() == 1
+    verify(swapper, {"a": loose(9)})
+
+
 class World:
     """A swapper with blocks in every state, and what their bytes are."""
 

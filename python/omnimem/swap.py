@@ -615,18 +615,20 @@ class AdvancedMemorySwapper:
             lease = self._store._victim(self._GROUP)
             if lease is None:
                 break
-            with lease:
-                name, nbytes = lease.name, lease.nbytes
-                if name in begun:  # it could not go
-                    break
-                packed = _encode(manager, lease)
-                if packed is not None:
-                    self._store._pack(lease, packed, codec)
+            name, nbytes = lease.name, lease.nbytes
             try:
+                with lease:
+                    if name in begun:  # it could not go
+                        break
+                    packed = _encode(manager, lease)
+                    if packed is not None:
+                        self._store._pack(lease, packed, codec)
                 self._store.evict(name, timeout=0.0)  # what has to be written is on its way
             except BusyError:
                 pass
-            except (KeyError, Error):
+            except KeyError:  # another thread has unregistered it
+                continue
+            except Error:
                 break  # `_swap_out` meets it again, and keeps the reason
             begun[name] = nbytes
         self._store._swap_out(self._GROUP, 0)
