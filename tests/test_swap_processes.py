@@ -22,7 +22,7 @@ import gc, os, signal, sys, threading, time, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork with threads
 import omnimem
 MIB = 1 << 20
-def open_swapper(**fields):
+def open_eager_swapper(**fields):
     nvme = omnimem.NVMeOptimizer("64KiB", sys.argv[1], 1, allow_ram_file_system=True)
     fields = dict(swap_threshold=0.0, host_limit="256MiB", max_swap_size="256MiB",
                   io_backend=sys.argv[2]) | fields
@@ -61,7 +61,7 @@ def run(code: str, tmp_path: Path, io_backend: str) -> str:
 # ---- two in one directory ----
 
 ROUNDS = """
-swapper = open_swapper()
+swapper = open_eager_swapper()
 contents = register(swapper, 16, MIB // 2 + 5)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -89,7 +89,7 @@ def test_two_in_one_directory(tmp_path: Path, io_backend: str) -> None:
 # ---- fork ----
 
 FORK = """
-swapper = open_swapper()
+swapper = open_eager_swapper()
 contents = register(swapper, 32, MIB)
 view = memoryview(swapper.blocks["b0"])
 stop = threading.Event()
@@ -133,7 +133,7 @@ def in_child():
         swapper.cleanup()
     except omnimem.ClosedError:
         pass
-    other = open_swapper()  # one of its own works
+    other = open_eager_swapper()  # one of its own works
     mine = register(other, 2, 100000)
     other.perform_swapping()
     verify(other, mine)
@@ -170,7 +170,7 @@ def test_fork_while_swapping(tmp_path: Path, io_backend: str) -> None:
 # ---- killed ----
 
 SWAP_ON = """
-swapper = open_swapper()
+swapper = open_eager_swapper()
 contents = register(swapper, 12, MIB)
 assert swapper.perform_swapping() == 12
 print("ready", flush=True)
@@ -232,14 +232,14 @@ def test_killed_again_and_again(own_disk: Path, io_backend: str) -> None:
 
 EXITS = {
     "live views": """
-swapper = open_swapper()
+swapper = open_eager_swapper()
 contents = register(swapper, 8, MIB)
 swapper.perform_swapping()
 views = [memoryview(swapper.blocks[name]) for name in list(contents)[:4]]
 capsule = swapper.blocks["b5"].__dlpack__()
 """,
     "in a cycle": """
-swapper = open_swapper()
+swapper = open_eager_swapper()
 contents = register(swapper, 2, MIB)
 class Node: pass
 node = Node()
@@ -248,7 +248,7 @@ node.view = memoryview(node.block)
 del swapper
 """,
     "swapping in a daemon thread": """
-swapper = open_swapper()
+swapper = open_eager_swapper()
 contents = register(swapper, 16, MIB)
 def work():
     try:
@@ -266,7 +266,7 @@ import zlib
 class Zlib:
     def compress(self, data): return zlib.compress(data, 1)
     def decompress(self, data): return zlib.decompress(data)
-swapper = open_swapper()
+swapper = open_eager_swapper()
 for i in range(16):
     swapper.register_memory_block(f"b{i}", MIB)
 swapper.integrate_with_compression(Zlib())
@@ -282,13 +282,13 @@ threading.Thread(target=work, daemon=True).start()
 until(lambda: swapper.store.group_stats("swap").outs > 16, "nothing is swapped")
 """,
     "prefetches in flight": """
-swapper = open_swapper()
+swapper = open_eager_swapper()
 contents = register(swapper, 16, MIB)
 swapper.perform_swapping()
 tickets = [swapper.prefetch([name]) for name in contents]
 """,
     "memory that was given": """
-swapper = open_swapper()
+swapper = open_eager_swapper()
 given = bytearray(MIB)
 swapper.register_memory_block("a", MIB, data=given, take=True)
 swapper.register_memory_block("b", MIB, data=bytearray(MIB), take=True)
@@ -309,10 +309,11 @@ def test_exit(tmp_path: Path, io_backend: str, how: str) -> None:
 
 INTERRUPTED = """
 from omnimem import _core
-swapper = open_swapper()
+swapper = open_eager_swapper()
 contents = register(swapper, 128, MIB)
 midway = 0
 for _ in range(3):
+    until(lambda: swapper.store.stats().moves == 0, "something is on its way still")
     _core._fault_arm("short", 1, True)  # many small transfers: it takes long enough
     def interrupt():
         until(lambda: swapper.store.stats().moves > 0, "nothing is swapped")

@@ -153,8 +153,8 @@ def run_threads(works: list[Callable[[], object]], seconds: float) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("encoded", [False, True])
-def test_threads_against_a_model(open_swapper: Opener, encoded: bool) -> None:
-    swapper = open_swapper(host_limit="16MiB", max_swap_size="64MiB")
+def test_threads_against_a_model(open_eager_swapper: Opener, encoded: bool) -> None:
+    swapper = open_eager_swapper(host_limit="16MiB", max_swap_size="64MiB")
     if encoded:
         swapper.integrate_with_compression(Strip())
     owners = [Owner(swapper, number) for number in range(8)]
@@ -169,9 +169,9 @@ def test_threads_against_a_model(open_swapper: Opener, encoded: bool) -> None:
     assert group.ins
 
 
-def test_one_id_by_all(open_swapper: Opener) -> None:
+def test_one_id_by_all(open_eager_swapper: Opener) -> None:
     """Whoever registers first, all get a block of that name, whole or gone."""
-    swapper = open_swapper()
+    swapper = open_eager_swapper()
     content = data(50 * KIB)
 
     def work() -> None:
@@ -190,9 +190,9 @@ def test_one_id_by_all(open_swapper: Opener) -> None:
     assert swapper.store.group_stats("swap").leases == 0
 
 
-def test_wanted_while_it_is_written_out(open_swapper: Opener) -> None:
+def test_wanted_while_it_is_written_out(open_eager_swapper: Opener) -> None:
     """It is rescued: a hit, and nothing is read."""
-    swapper = open_swapper(block_size="1MiB", host_limit="256MiB", max_swap_size="256MiB")
+    swapper = open_eager_swapper(block_size="1MiB", host_limit="256MiB", max_swap_size="256MiB")
     contents = {f"b{i}": data(4 * MIB, i) for i in range(8)}
     for name, content in contents.items():
         swapper.register_memory_block(name, len(content), data=content)
