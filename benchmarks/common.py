@@ -6,15 +6,18 @@ Nothing here imports torch or omnimem, so that a parent process stays small and 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime as dt
 import importlib.metadata
 import json
+import mmap
 import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 CGROUP_ROOT = Path("/sys/fs/cgroup/memory")
+MADV_POPULATE_WRITE = 23
 MARK = "OMNIMEM-BENCH-RESULT "
 GB = 1e9
 PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "runai-model-streamer",
-    "fastsafetensors", "omnimem",
+    "fastsafetensors", "numpy", "deepspeed", "omnimem",
 )  # fmt: skip
 console = Console(stderr=True)
 
@@ -222,18 +226,88 @@ def report(result: dict[str, Any]) -> None:
 
 def fio_read(path: Path, nbytes: int, *, bs: str = "1M", depth: int = 16) -> float | None:
     """GB/s at which fio reads `path` with io_uring and O_DIRECT, or None without fio."""
+    size = min(nbytes, path.stat().st_size) >> 20 << 20
+    return fio_rate(path, size, bs=bs, depth=depth)
+
+
+def fio_rate(
+    path: Path,
+    nbytes: int,
+    *,
+    write: bool = False,
+    bs: str = "1M",
+    depth: int = 16,
+    engine: str = "io_uring",
+) -> float | None:
+    """GB/s at which fio reads or overwrites `path` with O_DIRECT; None without fio or engine."""
     if shutil.which("fio") is None:
         return None
-    size = min(nbytes, path.stat().st_size) >> 20 << 20
-    command = ["fio", "--name=read", f"--filename={path}", "--rw=read", "--readonly", "--direct=1",
-               "--ioengine=io_uring", f"--bs={bs}", f"--iodepth={depth}", f"--size={size}",
+    mode = ["--rw=write"] if write else ["--rw=read", "--readonly"]
+    command = ["fio", "--name=rate", f"--filename={path}", *mode, "--direct=1",
+               f"--ioengine={engine}", f"--bs={bs}", f"--iodepth={depth}", f"--size={nbytes}",
                "--output-format=json"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
         console.print(f"[yellow]fio failed: {done.stderr.strip()[:200]}[/yellow]")
         return None
     text = done.stdout
-    return json.loads(text[text.index("{") :])["jobs"][0]["read"]["bw_bytes"] / GB
+    job = json.loads(text[text.index("{") :])["jobs"][0]
+    return job["write" if write else "read"]["bw_bytes"] / GB
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def populate(nbytes: int) -> dict[str, Any]:
+    """Rate at which fresh pages are populated, by one thread and by one a core; the better."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    huge = 2 << 20
+    best: dict[str, Any] = {"seconds": float("inf"), "bytes": nbytes}
+    for threads in sorted({1, os.cpu_count() or 1}):
+        memory = mmap.mmap(-1, nbytes + huge)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        first = -(-base // huge) * huge
+        part = -(-nbytes // threads // huge) * huge
+        failed: list[int] = []
+
+        def work(low: int, high: int, failed: list[int] = failed) -> None:
+            for at in range(low, high, 16 * huge):
+                if libc.madvise(at, min(16 * huge, high - at), MADV_POPULATE_WRITE) != 0:
+                    failed.append(ctypes.get_errno())
+                    return
+
+        crew = [
+            threading.Thread(target=work, args=(first + i * part,
+                                                first + min((i + 1) * part, nbytes)))
+            for i in range(threads)
+        ]  # fmt: skip
+        started = time.perf_counter()
+        for thread in crew:
+            thread.start()
+        for thread in crew:
+            thread.join()
+        seconds = time.perf_counter() - started
+        if failed:
+            raise OSError(failed[0], "MADV_POPULATE_WRITE (Linux 5.14 or newer)")
+        best[f"gb_s_threads_{threads}"] = nbytes / GB / seconds
+        if seconds < best["seconds"]:
+            best["seconds"] = seconds
+        with contextlib.suppress(BufferError):
+            memory.madvise(mmap.MADV_DONTNEED)
+    return best
+
+
+def free_bytes() -> int:
+    """Memory that is available to a new process, less what others may want meanwhile."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 * 85 // 100
+    raise BenchError("no MemAvailable in /proc/meminfo")
+
+
+# -- model folders ---------------------------------------------------------------------------------
 
 
 def default_folder() -> Path:

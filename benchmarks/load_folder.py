@@ -17,12 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import gc
-import mmap
-import os
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,8 +32,10 @@ from common import (
     ensure_model,
     fio_read,
     fmt,
+    free_bytes,
     machine_facts,
     median,
+    populate,
     report,
     rotated,
     run_child,
@@ -52,7 +50,6 @@ CONTENDERS = (
     "fastsafetensors",
 )  # fmt: skip
 FIO_SETTINGS = [(bs, depth) for bs in ("512k", "1M") for depth in (8, 16, 32)]
-MADV_POPULATE_WRITE = 23
 PAGE = 4096
 PAUSE_S = 8.0  # what a shared disk grants fills up while it is idle, as it is while a child starts
 
@@ -177,55 +174,6 @@ def finish(started: float, kept: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     nbytes = sum(tensor.nbytes for tensor in kept.values())
     return {"seconds": seconds, "bytes": nbytes, "tensors": len(kept)}
-
-
-def populate(nbytes: int) -> dict[str, Any]:
-    """Rate at which fresh pages are populated, by one thread and by one a core; the better."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    huge = 2 << 20
-    best: dict[str, Any] = {"seconds": float("inf"), "bytes": nbytes}
-    for threads in sorted({1, os.cpu_count() or 1}):
-        memory = mmap.mmap(-1, nbytes + huge)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        first = -(-base // huge) * huge
-        part = -(-nbytes // threads // huge) * huge
-        failed: list[int] = []
-
-        def work(low: int, high: int, failed: list[int] = failed) -> None:
-            for at in range(low, high, 16 * huge):
-                if libc.madvise(at, min(16 * huge, high - at), MADV_POPULATE_WRITE) != 0:
-                    failed.append(ctypes.get_errno())
-                    return
-
-        crew = [
-            threading.Thread(target=work, args=(first + i * part,
-                                                first + min((i + 1) * part, nbytes)))
-            for i in range(threads)
-        ]  # fmt: skip
-        started = time.perf_counter()
-        for thread in crew:
-            thread.start()
-        for thread in crew:
-            thread.join()
-        seconds = time.perf_counter() - started
-        if failed:
-            raise OSError(failed[0], "MADV_POPULATE_WRITE (Linux 5.14 or newer)")
-        best[f"gb_s_threads_{threads}"] = nbytes / GB / seconds
-        if seconds < best["seconds"]:
-            best["seconds"] = seconds
-        with contextlib.suppress(BufferError):
-            memory.madvise(mmap.MADV_DONTNEED)
-    return best
-
-
-def free_bytes() -> int:
-    """Memory that is available to a new process, less what others may want meanwhile."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024 * 85 // 100
-    raise BenchError("no MemAvailable in /proc/meminfo")
 
 
 def child(name: str, folder: Path) -> None:
