@@ -26,6 +26,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ import numpy as np
 
 from common import (
     GB,
+    MADV_POPULATE_WRITE,
     BenchError,
     ChildRun,
     cgroup_refusal,
@@ -64,7 +66,7 @@ except ImportError:  # a build without the swapper: peers and limits can still b
 
 PEERS = ("pickle", "torch", "memmap", "deepspeed", "kernel-swap")
 CONTENDERS = ("omnimem", *PEERS)
-PARTS = ("bulk", "access", "calls")
+PARTS = ("bulk", "access", "calls", "registering")
 ALGORITHMS = ("lru", "clock", "adaptive")
 FIO_SETTINGS = [(bs, depth) for bs in ("256k", "512k", "1M", "4M") for depth in (4, 16, 32)]
 MADV_PAGEOUT = 21
@@ -134,7 +136,11 @@ def compare(task: Task, digests: list[bytes], blocks: Iterator[Any]) -> bool:
 
 
 def pause(task: Task) -> dict[str, Any]:
-    """Rest, then touch free memory: the disk's allowance fills up, and free pages are warm.
+    """Rest, so that the disk's allowance fills up, and leave free memory that is warm.
+
+    A virtual machine gives its host what was free for two seconds, and a page that has to come
+    from there again takes ten times as long. So memory that is in use while this rests is freed
+    last, and nothing else is freed meanwhile.
 
     Returns
     -------
@@ -142,9 +148,13 @@ def pause(task: Task) -> dict[str, Any]:
         The rate at which fresh pages are populated, by the number of threads.
     """
     gc.collect()
-    time.sleep(task.rest)
-    populate(task.size + task.size // 4)
-    return populate(task.size)
+    populate(task.size)
+    rates = populate(task.size)
+    with mmap.mmap(-1, task.size + task.size // 8) as kept:
+        kept.madvise(mmap.MADV_HUGEPAGE)
+        kept.madvise(MADV_POPULATE_WRITE)
+        time.sleep(task.rest)
+    return rates
 
 
 def limit(task: Task, direction: str) -> float | None:
@@ -515,13 +525,8 @@ def status_ns(swapper: Any, times: int) -> float | None:
     return median(taken)
 
 
-def register(swapper: Any, keys: Sequence[str], nbytes: int) -> float:
-    """Register blocks without data; nanoseconds each."""
-    return per_call(lambda key: swapper.register_memory_block(key, nbytes), keys)
-
-
 def calls(task: Task) -> dict[str, Any]:
-    """Hits by algorithm, registering, status."""
+    """Hits by algorithm, beside what Python itself costs."""
     keys = [f"block-{i}" for i in range(task.hits)]
     table = {key: index for index, key in enumerate(keys)}
     shuffled = random.Random(task.seed).sample(keys, len(keys))
@@ -537,31 +542,31 @@ def calls(task: Task) -> dict[str, Any]:
             for key in keys:
                 swapper.register_memory_block(key, 64, data=bytes(64))
             timings[f"hit, {algorithm}"] = swapper.access_memory_block
-    found: dict[str, Any] = {}
     taken: dict[str, list[float]] = {name: [] for name in timings}
     for turn in range(5):
         for name in rotated(list(timings), turn):
             taken[name].append(per_call(timings[name], shuffled))
-    found["ns"] = {name: median(values) for name, values in taken.items()}
     for swapper in swappers:
         swapper.cleanup()
+    return {"ns": {name: median(values) for name, values in taken.items()}}
+
+
+def registering(task: Task) -> dict[str, Any]:
+    """What many blocks without data cost; a process of its own, whose memory nobody used before."""
     if AdvancedMemorySwapper is None:
-        return found
-    few = open_swapper(task)
-    register(few, keys[:1000], 1024)
-    found["status_ns_1000"] = status_ns(few, 300)
-    few.cleanup()
-    swappers.clear()
-    timings.clear()
+        return {"skipped": "this build has no swapper"}
     keys = [f"block-{i}" for i in range(task.registered)]
+    few = open_swapper(task)
+    per_call(lambda key: few.register_memory_block(key, 1024), keys[:1000])
+    found: dict[str, Any] = {"status_ns_1000": status_ns(few, 300)}
     many = open_swapper(task, max_swap=2 * 1024 * task.registered)
     gc.collect()
     before = rss()
-    found["register_ns"] = register(many, keys, 1024)
+    found["register_ns"] = per_call(lambda key: many.register_memory_block(key, 1024), keys)
     found["bytes_a_block"] = (rss() - before) / task.registered
-    found["status_ns_registered"] = status_ns(many, 21)
-    found["registered"] = task.registered
+    found["status_ns_registered"] = status_ns(many, 300)
     many.cleanup()
+    few.cleanup()
     return found
 
 
@@ -646,7 +651,7 @@ def one_round(number: int, task: Task, names: list[str], parts: list[str], timeo
     """Let each contender take its turn, then the single accesses and the calls."""
     record: dict[str, Any] = {"round": number, "runs": {}}
     jobs = [("bulk", name) for name in rotated(names, number)] if "bulk" in parts else []
-    jobs += [(part, "") for part in ("access", "calls") if part in parts]
+    jobs += [(part, "") for part in PARTS[1:] if part in parts]
     if jobs and jobs[0][0] == "bulk":
         best, rates = best_settings(task, number, fio_bytes)
         task = replace(task, fio=best)
@@ -661,7 +666,7 @@ def one_round(number: int, task: Task, names: list[str], parts: list[str], timeo
                              f"pages {fmt(result[way]['pages_gb_s'])})"
                              for way in ("out", "in"))  # fmt: skip
         else:
-            told = str(result.get("skipped") or result.get("ms") or result.get("ns") or "")
+            told = str(result.get("skipped") or result.get("ms") or result.get("ns") or result)
         console.print(f"  {name or part}: {told}{run['error'] or ''}")
     return record
 
@@ -706,9 +711,9 @@ def summarize(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
                 for kind in kinds}  # fmt: skip
     labels = ("dict.get", "an empty method", *(f"hit, {name}" for name in ALGORITHMS))
     ns = {label: of_runs(rounds, "calls", "ns", label) for label in labels}
-    more = {key: of_runs(rounds, "calls", key) for key in
+    more = {key: of_runs(rounds, "registering", key) for key in
             ("register_ns", "bytes_a_block", "status_ns_1000", "status_ns_registered")}  # fmt: skip
-    return {"bulk": bulks, "access": accesses, "calls_ns": ns, "calls": more}
+    return {"bulk": bulks, "access": accesses, "calls_ns": ns, "registering": more}
 
 
 def show(summary: dict[str, Any], task: Task, parts: list[str], count: int, markdown: bool) -> None:
@@ -736,15 +741,17 @@ def show(summary: dict[str, Any], task: Task, parts: list[str], count: int, mark
                    ["", "ms", "access / this"], rows, markdown=markdown)  # fmt: skip
     if "calls" in parts:
         rows = [[label, fmt(ns, 0, " ns")] for label, ns in summary["calls_ns"].items()]
-        more = summary["calls"]
-        many = f"{task.registered:,} blocks"
-        rows += [[f"register, of {many}", fmt(more["register_ns"], 0, " ns")],
-                 [f"memory a block, of {many}", fmt(more["bytes_a_block"], 0, " bytes")],
-                 ["get_status(), 1,000 blocks", fmt(more["status_ns_1000"], 0, " ns")],
-                 [f"get_status(), {many}", fmt(more["status_ns_registered"], 0, " ns")],
-                 ]  # fmt: skip
         show_table(f"Calls, {task.hits:,} blocks in random order (target: a hit in "
                    f"{TARGET_HIT_NS} ns)", ["call", "median"], rows, markdown=markdown)  # fmt: skip
+    if "registering" in parts:
+        found = summary["registering"]
+        many = f"{task.registered:,} blocks"
+        rows = [["register", fmt(found["register_ns"], 0, " ns")],
+                ["memory a block", fmt(found["bytes_a_block"], 0, " bytes")],
+                ["get_status(), 1,000 blocks", fmt(found["status_ns_1000"], 0, " ns")],
+                [f"get_status(), {many}", fmt(found["status_ns_registered"], 0, " ns")],
+                ]  # fmt: skip
+        show_table(f"Registering {many} without data", ["", "median"], rows, markdown=markdown)
 
 
 def chosen(text: str, known: Sequence[str], what: str) -> list[str]:
@@ -774,7 +781,7 @@ def child(part: str, name: str, task: Task, cgroup: str | None) -> None:
     if part == "bulk":
         report(bulk(name, task, cgroup))
     else:
-        report(access(task) if part == "access" else calls(task))
+        report({"access": access, "calls": calls, "registering": registering}[part](task))
 
 
 def default_directory() -> Path:
@@ -830,6 +837,7 @@ def main(
     if AdvancedMemorySwapper is None:
         console.print("[yellow]this build has no swapper: peers and limits only[/yellow]")
         names = [name for name in names if name != "omnimem"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a swap file must not stay in use
     directory.mkdir(parents=True, exist_ok=True)
     data: dict[str, Any] = {"benchmark": "swap", "machine": machine_facts(directory),
                             "argv": sys.argv[1:], "rounds": []}  # fmt: skip
