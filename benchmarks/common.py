@@ -258,6 +258,11 @@ def fio_rate(
 # -- memory ----------------------------------------------------------------------------------------
 
 
+def private_memory(nbytes: int) -> mmap.mmap:
+    """Memory of the kind that stores map; Python's default is shared memory, without huge pages."""
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def populate(nbytes: int) -> dict[str, Any]:
     """Rate at which fresh pages are populated, by one thread and by one a core; the better."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -265,7 +270,7 @@ def populate(nbytes: int) -> dict[str, Any]:
     huge = 2 << 20
     best: dict[str, Any] = {"seconds": float("inf"), "bytes": nbytes}
     for threads in sorted({1, os.cpu_count() or 1}):
-        memory = mmap.mmap(-1, nbytes + huge)
+        memory = private_memory(nbytes + huge)
         memory.madvise(mmap.MADV_HUGEPAGE)
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         first = -(-base // huge) * huge

@@ -51,6 +51,7 @@ from common import (
     machine_facts,
     median,
     populate,
+    private_memory,
     report,
     rotated,
     run_child,
@@ -151,7 +152,7 @@ def pause(task: Task) -> dict[str, Any]:
     gc.collect()
     populate(task.size)
     rates = populate(task.size)
-    with mmap.mmap(-1, task.size + task.size // 8) as kept:
+    with private_memory(task.size + task.size // 8) as kept:
         kept.madvise(mmap.MADV_HUGEPAGE)
         kept.madvise(MADV_POPULATE_WRITE)
         time.sleep(task.rest)
@@ -751,7 +752,8 @@ def show(summary: dict[str, Any], task: Task, parts: list[str], count: int, mark
                    ["", "ms", "access / this"], rows, markdown=markdown)  # fmt: skip
     if "calls" in parts:
         rows = [[label, fmt(ns, 0, " ns")] for label, ns in summary["calls_ns"].items()]
-        show_table(f"Calls, blocks in random order (target: a hit in {TARGET_HIT_NS} ns)", ["call", "median"], rows, markdown=markdown)  # fmt: skip
+        show_table(f"Calls, blocks in random order (target: a hit in {TARGET_HIT_NS} ns)",
+                   ["call", "median"], rows, markdown=markdown)  # fmt: skip
     if "registering" in parts:
         found = summary["registering"]
         many = f"{task.registered:,} blocks"
