@@ -720,7 +720,10 @@ def summarize(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
     accesses = {kind: {"ms": of_runs(rounds, "access", "ms", kind),
                        "access_over_this": access_ratio(rounds, kind)}
                 for kind in kinds}  # fmt: skip
-    labels = ("dict.get", "an empty method", *(f"hit, {name}" for name in ALGORITHMS))
+    labels: dict[str, None] = {}
+    for round_ in rounds:
+        found = (round_["runs"].get("calls") or {}).get("result") or {}
+        labels |= dict.fromkeys(found.get("ns") or {})
     ns = {label: of_runs(rounds, "calls", "ns", label) for label in labels}
     more = {key: of_runs(rounds, "registering", key) for key in
             ("register_ns", "bytes_a_block", "status_ns_1000", "status_ns_registered")}  # fmt: skip
