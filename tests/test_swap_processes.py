@@ -318,9 +318,10 @@ for _ in range(3):
     def interrupt():
         until(lambda: swapper.store.stats().moves > 0, "nothing is swapped")
         os.kill(os.getpid(), signal.SIGINT)
+    until(lambda: swapper.store.stats().moves == 0, "the last round does not end")
     thread = threading.Thread(target=interrupt)
-    thread.start()
     try:
+        thread.start()
         try:
             swapper.perform_swapping()
         finally:

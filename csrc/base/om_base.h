@@ -88,4 +88,23 @@ unsigned om_fork_generation(void);
 /* Installs the fork handler; called by whoever creates the first store. Idempotent. */
 int om_fork_watch(void);
 
+/* Between these two the thread sanitizer takes no read of this thread for a race. For bytes on their way
+ * out: who shares them may write to them meanwhile, and what went out is dropped then. */
+#if defined(__has_feature)
+#define OM_TSAN __has_feature(thread_sanitizer)
+#elif defined(__SANITIZE_THREAD__)
+#define OM_TSAN 1
+#else
+#define OM_TSAN 0
+#endif
+#if OM_TSAN
+void AnnotateIgnoreReadsBegin(const char *file, int line);
+void AnnotateIgnoreReadsEnd(const char *file, int line);
+#define om_racy_reads_begin() AnnotateIgnoreReadsBegin(__FILE__, __LINE__)
+#define om_racy_reads_end()   AnnotateIgnoreReadsEnd(__FILE__, __LINE__)
+#else
+#define om_racy_reads_begin() ((void)0)
+#define om_racy_reads_end()   ((void)0)
+#endif
+
 #endif

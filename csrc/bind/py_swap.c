@@ -181,8 +181,10 @@ PyObject *py_same_bytes(PyObject *Py_UNUSED(module), PyObject *args)
 		py_data_fini(&one);
 		return NULL;
 	}
-	Py_BEGIN_ALLOW_THREADS same = one.nbytes == two.nbytes &&
-	                              !memcmp(one.data, two.data, one.nbytes);
+	/* A view may write to a block that is being encoded: _pack finds out. */
+	Py_BEGIN_ALLOW_THREADS om_racy_reads_begin();
+	same = one.nbytes == two.nbytes && !memcmp(one.data, two.data, one.nbytes);
+	om_racy_reads_end();
 	Py_END_ALLOW_THREADS result = PyBool_FromLong(same);
 	py_data_fini(&one);
 	py_data_fini(&two);
