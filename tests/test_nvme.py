@@ -281,6 +281,38 @@ def test_wrong_limits(swapper: AdvancedMemorySwapper) -> None:
     assert swapper.max_swap_size == 64 * MIB
 
 
+@pytest.mark.xfail(strict=True, reason="the limit does not bind what the swap file has grown to")
+def test_a_smaller_limit(open_swapper: Opener) -> None:
+    """What is on disk stays there; nothing more goes."""
+    swapper = open_swapper()
+    names = fill(swapper, 12)
+    for name in names[8:]:
+        swapper.blocks[name].pinned = True
+    assert swap_all(swapper) == 8
+    swapper.max_swap_size = "4MiB"
+    assert swapper.max_swap_size == 4 * MIB
+    for name in names[8:]:
+        swapper.blocks[name].pinned = False
+    assert swap_all(swapper) == 0
+    assert swapper.get_status()["swap_trouble"]
+    assert [read(swapper, name) for name in names] == [content(name) for name in names]
+
+
+@pytest.mark.xfail(strict=True, reason="the swap file keeps its size and its blocks")
+def test_a_swap_file_gives_room_back(open_swapper: Opener, tmp_path: Path) -> None:
+    """All unregistered, the directory has its room again."""
+    swapper = open_swapper(nvme_optimizer=NVMeOptimizer(swap_directory=tmp_path / "mine"))
+    names = fill(swapper, 16)
+    assert swap_all(swapper) == 16
+    for name in names:
+        swapper.unregister_memory_block(name)
+    swap_all(swapper)
+    assert swapper.store.stats().disk.used_bytes == 0
+    for link in Path("/proc/self/fd").iterdir():
+        if link.is_symlink() and str(tmp_path / "mine") in os.readlink(link):
+            assert link.stat().st_blocks * 512 <= MIB
+
+
 # -- statistics
 
 
