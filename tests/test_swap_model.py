@@ -229,7 +229,7 @@ def test_random_operations(io_backend: str) -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=400 if SOAK else 40,
+            max_examples=400 if SOAK else 25,
             stateful_step_count=60 if SOAK else 40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
