@@ -243,11 +243,12 @@ void om_block_unref(struct om_block *b); /* any thread */
 void **om_block_face(struct om_block *b);
 const char *om_block_name(const struct om_block *b);
 /* A lease at once released: bring the bytes to HOST, and count an access. They stay as long as nobody
- * needs the room. *ret is a reference. */
-int om_store_access(struct om_store *s, const char *name, uint64_t deadline_ns,
+ * needs the room. *ret is a reference. A block of another group is OM_ENAME. */
+int om_store_access(struct om_store *s, const char *group, const char *name, uint64_t deadline_ns,
                     struct om_block **ret);
 /* The same if the bytes are in HOST, else OM_EAGAIN, with no error set; never waits. */
-int om_store_access_now(struct om_store *s, const char *name, struct om_block **ret);
+int om_store_access_now(struct om_store *s, const char *group, const char *name,
+                        struct om_block **ret);
 /* As om_store_lease. Counts as an access only if the bytes have to be brought in. */
 int om_block_lease_bytes(struct om_store *s, struct om_block *b, enum om_access access,
                          uint64_t deadline_ns, struct om_lease **ret);

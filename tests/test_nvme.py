@@ -281,7 +281,6 @@ def test_wrong_limits(swapper: AdvancedMemorySwapper) -> None:
     assert swapper.max_swap_size == 64 * MIB
 
 
-@pytest.mark.xfail(strict=True, reason="the limit does not bind what the swap file has grown to")
 def test_a_smaller_limit(open_swapper: Opener) -> None:
     """What is on disk stays there; nothing more goes."""
     swapper = open_swapper()
@@ -298,7 +297,6 @@ def test_a_smaller_limit(open_swapper: Opener) -> None:
     assert [read(swapper, name) for name in names] == [content(name) for name in names]
 
 
-@pytest.mark.xfail(strict=True, reason="the swap file keeps its size and its blocks")
 def test_a_swap_file_gives_room_back(open_swapper: Opener, tmp_path: Path) -> None:
     """All unregistered, the directory has its room again."""
     swapper = open_swapper(nvme_optimizer=NVMeOptimizer(swap_directory=tmp_path / "mine"))
@@ -306,7 +304,7 @@ def test_a_swap_file_gives_room_back(open_swapper: Opener, tmp_path: Path) -> No
     assert swap_all(swapper) == 16
     for name in names:
         swapper.unregister_memory_block(name)
-    swap_all(swapper)
+    swapper.store.trim()  # else ten seconds later
     assert swapper.store.stats().disk.used_bytes == 0
     for link in Path("/proc/self/fd").iterdir():
         if link.is_symlink() and str(tmp_path / "mine") in os.readlink(link):

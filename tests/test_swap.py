@@ -287,7 +287,6 @@ def test_another_groups_blocks_are_none_of_it(swapper: AdvancedMemorySwapper) ->
     swapper.cleanup()
 
 
-@pytest.mark.xfail(strict=True, reason="the core's access does not look at the group")
 def test_another_groups_block_is_not_accessed(swapper: AdvancedMemorySwapper) -> None:
     swapper.store.add("theirs", b"1234")
     assert swapper.access_memory_block("theirs") is None
@@ -325,7 +324,6 @@ def test_objects_are_made_on_demand(swapper: AdvancedMemorySwapper) -> None:
     assert swapper.register_memory_block("b0", MIB) is block
 
 
-@pytest.mark.xfail(strict=True, reason="the core counts what was removed until its last view goes")
 def test_what_was_unregistered_does_not_count(swapper: AdvancedMemorySwapper) -> None:
     """A view keeps its bytes, but no name: no block of the swapper."""
     fill(swapper, 2, pinned=True)

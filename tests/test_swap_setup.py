@@ -239,7 +239,6 @@ def test_torch_tensors(swapper: AdvancedMemorySwapper, name: str) -> None:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="zeros are registered without dtype and shape")
 def test_torch_tensors_come_back_as_they_were(swapper: AdvancedMemorySwapper) -> None:
     torch = pytest.importorskip("torch")
     tensor, block_id = integrate_with_qwen3_vl(swapper)((8, 16), torch.float32)

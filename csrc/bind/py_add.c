@@ -188,8 +188,7 @@ static int total_bytes(const struct file_list *l, uint64_t *ret)
 	return 0;
 }
 
-/* dtype and shape for `total` bytes; a missing shape is one dimension, a missing dtype uint8. */
-static int read_desc(PyObject *dtype, PyObject *shape, uint64_t total, struct om_desc *ret)
+int py_desc_read(PyObject *dtype, PyObject *shape, uint64_t total, struct om_desc *ret)
 {
 	struct om_dl_type type = { OM_DL_UINT, 8, 1 };
 	const char *name;
@@ -240,7 +239,7 @@ PyObject *py_store_add_file(PyObject *self, PyObject *const *args, Py_ssize_t na
 	name = py_text(a[0], "name");
 	if (!name || py_text_or_null(a[6], "group", &group) ||
 	    read_files(&files, a[1], a[2], a[3]) || total_bytes(&files, &total) ||
-	    read_desc(a[4], a[5], total, &desc))
+	    py_desc_read(a[4], a[5], total, &desc))
 		goto out;
 	Py_BEGIN_ALLOW_THREADS code =
 		om_store_add_file(core->s, name, group, files.ranges, files.count, &desc);

@@ -71,6 +71,9 @@ PyObject *py_dims_tuple(const int64_t *dims, int ndim);
 void py_dims_strides(int ndim, const int64_t *shape, int64_t *ret_strides);
 bool py_dims_contiguous(int ndim, const int64_t *shape, const int64_t *strides);
 struct om_dl_type py_desc_type(const struct om_desc *desc);
+/* dtype and shape for `total` bytes; a missing shape is one dimension, a missing dtype uint8; without both
+ * they are unknown. */
+int py_desc_read(PyObject *dtype, PyObject *shape, uint64_t total, struct om_desc *ret);
 
 /* ---- the store as its dependents see it (py_store.c) ---- */
 
@@ -124,7 +127,7 @@ PyObject *py_store_add_file(PyObject *, PyObject *const *, Py_ssize_t, PyObject 
 
 /* Blocks by reference (py_block.c). */
 PyObject *py_store_block(PyObject *, PyObject *);
-PyObject *py_store_access(PyObject *, PyObject *);
+PyObject *py_store_access(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *py_store_add_zeros(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_block_setup(PyObject *, PyObject *);
 /* The object of a block; takes over one reference, also when it fails. */

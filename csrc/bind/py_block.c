@@ -347,7 +347,7 @@ PyObject *py_store_block(PyObject *self, PyObject *name)
 
 struct access_call {
 	struct om_store *s;
-	const char *name;
+	const char *group, *name;
 	struct om_block *b;
 };
 
@@ -355,7 +355,7 @@ static int call_access(void *arg, uint64_t deadline_ns)
 {
 	struct access_call *c = arg;
 
-	return om_store_access(c->s, c->name, deadline_ns, &c->b);
+	return om_store_access(c->s, c->group, c->name, deadline_ns, &c->b);
 }
 
 static int unpack_by_name(struct py_core *core, const char *name)
@@ -366,18 +366,23 @@ static int unpack_by_name(struct py_core *core, const char *name)
 	return code ? code : py_block_unpack(core, b) ? PY_RAISED : 0;
 }
 
-/* The block, its bytes in memory; None when there is none of that name. */
-PyObject *py_store_access(PyObject *self, PyObject *name)
+/* The block, its bytes in memory; None when the group has none of that name. */
+PyObject *py_store_access(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
 	struct py_core *core = py_store_core(self);
-	struct access_call c = { .name = core ? py_text(name, "block_id") : NULL };
+	struct access_call c = { .s = core ? core->s : NULL };
 	PyObject *result;
 	int code;
 
+	if (nargs != 2) {
+		PyErr_SetString(PyExc_TypeError, "_access() takes a group and a name");
+		return NULL;
+	}
+	c.group = core ? py_text(args[0], "group") : NULL;
+	c.name = c.group ? py_text(args[1], "block_id") : NULL;
 	if (om_unlikely(!c.name))
 		return NULL;
-	c.s = core->s;
-	code = om_store_access_now(c.s, c.name, &c.b);
+	code = om_store_access_now(c.s, c.group, c.name, &c.b);
 	if (om_unlikely(code == OM_EAGAIN)) {
 		uint64_t deadline_ns = om_deadline(PY_DEFAULT_TIMEOUT_NS);
 
@@ -401,18 +406,20 @@ PyObject *py_store_access(PyObject *self, PyObject *name)
 PyObject *py_store_add_zeros(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
                              PyObject *kwnames)
 {
-	static const char *const names[] = { "name", "nbytes", "group", NULL };
-	PyObject *a[3] = { NULL };
+	static const char *const names[] = { "name", "nbytes", "group", "dtype", "shape", NULL };
+	PyObject *a[5] = { NULL };
 	struct py_core *core = py_store_core(self);
+	struct om_desc desc = { 0 };
 	const char *name, *group;
 	uint64_t nbytes;
 	int code;
 
-	if (!core || py_args("_add_zeros", args, nargs, kwnames, names, 2, 3, a))
+	if (!core || py_args("_add_zeros", args, nargs, kwnames, names, 2, 5, a))
 		return NULL;
 	name = py_text(a[0], "name");
-	if (!name || py_size(a[1], "nbytes", &nbytes) || py_text_or_null(a[2], "group", &group))
+	if (!name || py_size(a[1], "nbytes", &nbytes) || py_text_or_null(a[2], "group", &group) ||
+	    py_desc_read(a[3], a[4], nbytes, &desc))
 		return NULL;
-	code = om_store_add_zeros(core->s, name, group, nbytes, NULL);
+	code = om_store_add_zeros(core->s, name, group, nbytes, desc.ndim < 0 ? NULL : &desc);
 	return code ? py_raise(code) : Py_NewRef(Py_None);
 }

@@ -22,7 +22,6 @@ int om_block_create(const char *name, uint64_t nbytes, struct om_group *group,
 	b->created_ns = b->accessed_ns = om_now();
 	b->accesses = 1;
 	om_list_init(&b->all);
-	group->blocks++;
 	*ret = b;
 	return 0;
 }
@@ -55,11 +54,17 @@ int om_block_wake(struct om_block *b, const struct om_desc *desc)
 void om_block_retire(struct om_block *b)
 {
 	om_list_del(&b->all);
-	b->group->blocks -= !b->inner;
-	b->group->pinned -= b->pinned;
 	if (b->slot != OM_NIL)
 		om_group_leave(b->group, b);
 	om_block_unref(b);
+}
+
+void om_block_set_named(struct om_block *b, bool named)
+{
+	b->group->blocks += (uint64_t)named - (uint64_t)b->named;
+	if (!named)
+		om_block_pin(b, false);
+	b->named = named;
 }
 
 void om_block_ref(struct om_block *b)

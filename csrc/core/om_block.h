@@ -131,6 +131,8 @@ void om_block_adopt(struct om_block *b, struct om_pool *p, struct om_foreign *fo
 void om_block_disk_begin(struct om_block *b);                   /* NONE -> FILLING */
 void om_block_disk_end(struct om_block *b);                     /* FILLING -> VALID */
 void om_block_disk_drop(struct om_block *b, struct om_disk *d); /* any -> NONE */
+/* It has a name from now on, or none any more: then nothing pins it. */
+void om_block_set_named(struct om_block *b, bool named);
 /* The block is asked for: the policy of its group learns of it. Before room is made. */
 void om_block_access(struct om_block *b);
 /* Leases of the HOST copy (VALID or FILLING); without one a VALID copy is idle: it may be chosen to go. */

@@ -106,7 +106,7 @@ bool om_disk_wasteful(const struct om_disk *d)
 	uint64_t backed = om_arena_size(d->arena) - d->used_bytes - d->holes;
 
 	return d->file && !d->no_holes && !d->growing && !d->taken &&
-	       backed > OM_MAX(GROW_STEP, d->used_bytes / 4);
+	       backed > (d->used_bytes ? OM_MAX(GROW_STEP, d->used_bytes / 4) : 0);
 }
 
 int om_disk_take_free(struct om_disk *d, struct om_disk_copy *ret)

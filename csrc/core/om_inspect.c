@@ -215,7 +215,7 @@ static void sum_block(const struct om_block *b, struct om_group_check *sum, uint
 		*disk += body->disk_copy.runs[i].bytes;
 		sum->disk_bytes += b->disk == OM_COPY_NONE ? 0 : body->disk_copy.runs[i].bytes;
 	}
-	sum->blocks += !b->inner;
+	sum->blocks += b->named && !b->inner;
 	sum->leases += b->leases;
 	sum->pinned += b->pinned;
 	sum->swapped += om_block_swapped(b);

@@ -7,6 +7,7 @@
  */
 #include <errno.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "core/om_store_int.h"
 
@@ -303,7 +304,12 @@ int om_block_lease_bytes(struct om_store *s, struct om_block *b, enum om_access 
 	return om_store_leave_block(s, b, code);
 }
 
-int om_store_access(struct om_store *s, const char *name, uint64_t deadline_ns,
+static bool is_in(const struct om_block *b, const char *group)
+{
+	return !strcmp(b->group->name, group);
+}
+
+int om_store_access(struct om_store *s, const char *group, const char *name, uint64_t deadline_ns,
                     struct om_block **ret)
 {
 	struct om_block *b;
@@ -311,7 +317,10 @@ int om_store_access(struct om_store *s, const char *name, uint64_t deadline_ns,
 
 	if (code)
 		return code;
-	code = om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
+	if (is_in(b, group))
+		code = om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
+	else
+		code = om_err(OM_ENAME, "no block of group '%s' is named '%s'", group, name);
 	if (code)
 		return om_store_leave_block(s, b, code);
 	om_fetch_unlease_locked(s, b);
@@ -319,7 +328,8 @@ int om_store_access(struct om_store *s, const char *name, uint64_t deadline_ns,
 	return om_store_leave(s, 0);
 }
 
-int om_store_access_now(struct om_store *s, const char *name, struct om_block **ret)
+int om_store_access_now(struct om_store *s, const char *group, const char *name,
+                        struct om_block **ret)
 {
 	struct om_block *b;
 	int code = om_store_enter(s);
@@ -327,7 +337,7 @@ int om_store_access_now(struct om_store *s, const char *name, struct om_block **
 	if (code)
 		return code;
 	b = om_table_find(&s->table, name);
-	if (!b || !at_hand(b))
+	if (!b || !at_hand(b) || !is_in(b, group))
 		return om_store_leave(s, OM_EAGAIN);
 	om_fetch_hit_locked(s, b);
 	om_block_ref(b);

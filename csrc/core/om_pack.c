@@ -87,7 +87,6 @@ static int make_inner_locked(struct om_store *s, struct om_block *owner, uint64_
 	if (code)
 		return code;
 	inner->inner = inner->named = true;
-	owner->group->blocks--; /* it is no block that anybody counts */
 	om_list_push_tail(&s->blocks, &inner->all);
 	code = om_block_wake(inner, NULL);
 	if (code) {

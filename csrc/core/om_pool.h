@@ -40,11 +40,12 @@ struct om_extent { /* bytes of host memory: a whole number of pages, page aligne
 };
 
 struct om_pool {
-	uint64_t limit_bytes;                     /* change it with om_pool_set_limit */
-	uint64_t used_bytes;                      /* sum of extents handed out */
-	uint64_t mapped_bytes;                    /* sum of segments, cached ones included */
-	uint64_t cached_bytes;                    /* of these, the cached ones */
-	struct om_list shared, dedicated, cached; /* shared: full ones last; cached: longest idle first */
+	uint64_t limit_bytes;  /* change it with om_pool_set_limit */
+	uint64_t used_bytes;   /* sum of extents handed out */
+	uint64_t mapped_bytes; /* sum of segments, cached ones included */
+	uint64_t cached_bytes; /* of these, the cached ones */
+	struct om_list shared, dedicated,
+		cached; /* shared: full ones last; cached: longest idle first */
 };
 
 void om_pool_init(struct om_pool *p, uint64_t limit_bytes);

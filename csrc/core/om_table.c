@@ -64,7 +64,7 @@ int om_table_insert(struct om_table *t, struct om_block *b)
 	slot = &t->slots[b->name_hash & (t->size - 1)];
 	b->chain = *slot;
 	*slot = b;
-	b->named = true;
+	om_block_set_named(b, true);
 	t->count++;
 	return 0;
 }
@@ -76,6 +76,6 @@ void om_table_remove(struct om_table *t, struct om_block *b)
 	while (*slot != b)
 		slot = &(*slot)->chain;
 	*slot = b->chain;
-	b->named = false;
+	om_block_set_named(b, false);
 	t->count--;
 }

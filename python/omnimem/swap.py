@@ -285,6 +285,20 @@ class AdvancedMemorySwapper:
         LimitError, DiskFullError
             All blocks would not fit into memory and swap area, so that one could not be brought in.
         """
+        return self._register(block_id, size, region_type, pinned, data, take)
+
+    def _register(
+        self,
+        block_id: str,
+        size: int,
+        region_type: MemoryRegionType,
+        pinned: bool = False,
+        data: Any = None,
+        take: bool = False,
+        dtype: str | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> MemoryBlock:
+        """As `register_memory_block`; zeros may have a dtype and a shape, too."""
         if not isinstance(block_id, str):
             raise TypeError(f"block_id must be a str, not {type(block_id).__name__}")
         nbytes = parse_size(size, "size")
@@ -298,7 +312,7 @@ class AdvancedMemorySwapper:
             raise ValueError(f"block {block_id!r}: size={nbytes}, but data has {given} bytes")
         try:
             if data is None:
-                self._store._add_zeros(block_id, nbytes, self._GROUP)
+                self._store._add_zeros(block_id, nbytes, self._GROUP, dtype, shape)
             elif take:
                 self._store.take(block_id, data, self._GROUP)
             else:
@@ -345,7 +359,7 @@ class AdvancedMemorySwapper:
         Error
             The compression manager that encoded it could not decode it; the encoded bytes are kept.
         """
-        return self._access(block_id)
+        return self._access(self._GROUP, block_id)
 
     def prefetch(self, block_ids: Iterable[str]) -> Ticket:
         """Start bringing blocks in; `.wait()` on what is returned waits for all of them."""

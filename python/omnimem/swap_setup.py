@@ -126,7 +126,7 @@ def integrate_with_qwen3_vl(
             )
             return tensor, block_id
         name, dims = _dtype_name(dtype), _dims(shape)
-        swapper.register_memory_block(block_id, _bytes_of(shape, dtype), region)
+        swapper._register(block_id, _bytes_of(shape, dtype), region, dtype=name, shape=dims)
         with swapper.store.lease(block_id, write=True) as lease:
             window = lease.window(0, name, dims)
         torch = sys.modules.get("torch")

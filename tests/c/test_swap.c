@@ -88,8 +88,8 @@ static void zeros_are_made_at_the_first_access(void)
 	b = block_of(s, "z");
 	CHECK(state(s, b).blank && !state(s, b).data && !state(s, b).swapped && !b->body);
 	CHECK_EQ(swap_out(s, UINT64_MAX).blocks, 0);
-	CHECK_EQ(om_store_access_now(s, "z", &again), OM_EAGAIN);
-	CHECK_EQ(om_store_access(s, "z", SOON, &again), 0);
+	CHECK_EQ(om_store_access_now(s, "default", "z", &again), OM_EAGAIN);
+	CHECK_EQ(om_store_access(s, "default", "z", SOON, &again), 0);
 	CHECK(again == b && state(s, b).data && !state(s, b).blank);
 	om_block_unref(again);
 	expect(s, "z", none, BYTES);
@@ -356,7 +356,7 @@ static void encoded_forms(void)
 	swap_out(s, UINT64_MAX);
 	CHECK(stats(s).swapped == 1 && stats(s).blocks == 1);
 	CHECK_EQ(stats(s).disk_bytes, OM_PAGE);
-	CHECK_EQ(om_store_access(s, "a", SOON, &hit), OM_EPACKED);
+	CHECK_EQ(om_store_access(s, "default", "a", SOON, &hit), OM_EPACKED);
 	CHECK_EQ(om_store_lease(s, "a", OM_READ, SOON, &l), OM_EPACKED);
 	CHECK_EQ(om_block_lease_packed(s, b, SOON, &packed, &codec), 0);
 	CHECK(codec == 5 && om_lease_nbytes(packed) == sizeof(small));

@@ -242,10 +242,10 @@ static void touch(struct worker *w, int own)
 {
 	const char *name = om_block_name(w->blocks[own]);
 	struct om_block *b;
-	int code = om_store_access_now(w->store, name, &b);
+	int code = om_store_access_now(w->store, "default", name, &b);
 
 	if (code == OM_EAGAIN)
-		code = om_store_access(w->store, name, SOON, &b);
+		code = om_store_access(w->store, "default", name, SOON, &b);
 	if (code == OM_EPACKED) {
 		unpack(w, own);
 		return;
