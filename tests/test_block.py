@@ -145,17 +145,18 @@ def test_ptr_is_the_address(swapper: AdvancedMemorySwapper) -> None:
 
 
 def test_only_pinned_can_be_set(swapper: AdvancedMemorySwapper) -> None:
-    fill(swapper, 1)
+    fill(swapper, 1, region_type=MemoryRegionType.KV_CACHE)
     block = swapper.blocks["b0"]
     for name in FIELDS:
         if name == "pinned":
             continue
         before = getattr(block, name)
-        with pytest.raises(AttributeError):
+        with pytest.raises(AttributeError, match="read-only" if name != "id" else "id"):
             setattr(block, name, before)
         assert getattr(block, name) == before
     block.pinned = True
     assert block.pinned
+    assert block.region_type is MemoryRegionType.KV_CACHE
     assert swap_all(swapper) == 0
     block.pinned = False
     assert swap_all(swapper) == 1

@@ -16,6 +16,7 @@ import omnimem
 from omnimem import AdvancedMemorySwapper, CompressionManager, _core
 
 from .conftest import data
+from .memory import Memory
 from .swappers import KIB, MIB, Opener, Zlib, content, fill, group_of, read, settle, swap_all
 
 SIZE = 256 * KIB
@@ -232,6 +233,19 @@ def test_unregister_and_cleanup(swapper: AdvancedMemorySwapper) -> None:
     assert view == soft("s0")
 
 
+def test_only_until_usage_is_below(swapper: AdvancedMemorySwapper, memory: Memory) -> None:
+    """The memory that the encoded bytes took is not counted: it goes when they are written."""
+    codec = Zlib()
+    swapper.integrate_with_compression(codec)
+    names = fill_soft(swapper, 16)
+    memory.swapper, memory.total, swapper.swap_threshold = swapper, 32 * SIZE, 0.375
+    assert swapper.perform_swapping() == 5
+    assert not swapper.should_swap()
+    assert codec.packed == 5
+    assert swapper.perform_swapping() == 0
+    assert [read(swapper, name) for name in names] == [soft(name) for name in names]
+
+
 # -- managers that do not
 
 
@@ -405,6 +419,19 @@ def test_a_failed_write(swapper: AdvancedMemorySwapper) -> None:
     assert swap_all(swapper) == 5
     assert swapper.get_status()["swap_trouble"] is None
     assert [read(swapper, name) for name in names] == [soft(name) for name in names]
+
+
+def test_a_failed_write_of_what_is_not_encoded(swapper: AdvancedMemorySwapper) -> None:
+    swapper.integrate_with_compression(Zlib())
+    names = fill(swapper, 5)
+    _core._fault_arm("write", 3, True)
+    gone = swap_all(swapper)
+    _core._fault_reset()
+    assert gone == group_of(swapper).swapped < 5
+    assert swapper.get_status()["swap_trouble"]
+    assert [read(swapper, name) for name in names] == [content(name) for name in names]
+    assert swap_all(swapper) == 5
+    assert [read(swapper, name) for name in names] == [content(name) for name in names]
 
 
 def test_what_is_no_manager(swapper: AdvancedMemorySwapper) -> None:

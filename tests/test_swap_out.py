@@ -111,6 +111,22 @@ def test_perform_swapping(open_swapper: Opener, algorithm: SwapAlgorithm) -> Non
     assert swapper.get_status()["swap_trouble"] is None
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "first"), [(SwapAlgorithm.LRU, "b1"), (SwapAlgorithm.CLOCK, "b0")]
+)
+def test_the_algorithm_chooses(
+    swapper: AdvancedMemorySwapper, memory: Memory, algorithm: SwapAlgorithm, first: str
+) -> None:
+    """All were used again, b1 the longest ago; the hand is at b0."""
+    swapper.swap_algorithm = algorithm
+    names = fill(swapper, 4)
+    for name in ("b1", "b0", "b2", "b3"):
+        swapper.access_memory_block(name)
+    memory.swapper, memory.total, swapper.swap_threshold = swapper, 4 * MIB, 0.9
+    assert swapper.perform_swapping() == 1
+    assert [name for name in names if swapper.blocks[name].is_swapped] == [first]
+
+
 def test_another_algorithm(swapper: AdvancedMemorySwapper) -> None:
     names = fill(swapper, 8)
     assert swap_all(swapper) == 8

@@ -307,6 +307,7 @@ def test_without_torch() -> None:
         "s = omnimem.AdvancedMemorySwapper()\n"
         "window, name = omnimem.integrate_with_qwen3_vl(s)((2, 3), 'float32')\n"
         "view = memoryview(window)\n"
-        "print(view.shape, view.format, s.blocks[name].ref_count, 'torch' in sys.modules)\n"
+        "print(view.shape, view.format, view.readonly, s.blocks[name].ref_count)\n"
+        "print('torch' in sys.modules)\n"
     )
-    assert run_clean(code).split() == ["(2,", "3)", "f", "1", "False"]
+    assert run_clean(code).split() == ["(2,", "3)", "f", "False", "1", "False"]

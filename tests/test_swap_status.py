@@ -274,6 +274,15 @@ def test_repeats_are_left_out(swapper: AdvancedMemorySwapper) -> None:
     assert swapper.analyze_access_patterns()["spatial_locality"] <= 0.05
 
 
+def test_repeats_in_a_cycle(swapper: AdvancedMemorySwapper) -> None:
+    names = fill(swapper, 50, 4096)
+    for _ in range(12):
+        for name in names:
+            for _ in range(3):
+                swapper.access_memory_block(name)
+    assert 0.99 <= swapper.analyze_access_patterns()["spatial_locality"] <= 1.0
+
+
 def test_a_cycle_is_fetched_ahead(open_swapper: Opener) -> None:
     swapper = open_swapper()
     names = fill(swapper, 32, 256 * KIB)
