@@ -114,8 +114,11 @@ static int apply_faults(struct om_io_req *req, int result)
 		int step = is_direct(req) ? (int)req->file->align : 512;
 
 		/* What a kernel would never cut, the smallest transfer, stays whole. */
-		if (half >= step)
-			return half;
+		if (half < step)
+			return result;
+		if (!req->write) /* what it did not bring is not there */
+			memset((char *)req->buf + req->done + half, 0xA5, (size_t)(result - half));
+		return half;
 	}
 	return result;
 }
