@@ -461,8 +461,8 @@ def loose(seed: int) -> bytes:
     return data(SIZE // 2, seed).ljust(SIZE, b"\0")
 
 
-def test_unregistered_while_it_is_encoded(open_swapper: Opener) -> None:
-    swapper = open_swapper()
+def test_unregistered_while_it_is_encoded(open_eager_swapper: Opener) -> None:
+    swapper = open_eager_swapper()
 
     class Forgetful(Strip):
         def compress(self, plain: memoryview) -> bytes:
