@@ -317,11 +317,14 @@ class AdvancedMemorySwapper:
                 self._store.take(block_id, data, self._GROUP)
             else:
                 self._store.add(block_id, data, self._GROUP)
-        except ValueError:
+        except ValueError as error:
             there = self._blocks._find(block_id)  # another thread was quicker
-            if there is None:
+            if there is not None:
+                return there
+            if "exists already" not in str(error) or block_id in self._store:
                 raise
-            return there
+            # ... and has unregistered it again
+            return self._register(block_id, size, region_type, pinned, data, take, dtype, shape)
         block = self._store._block(block_id)
         if block is None:
             raise KeyError(f"block {block_id!r} was unregistered while it was registered")
