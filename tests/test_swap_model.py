@@ -35,11 +35,24 @@ HOST, DISK = 8 * MIB, 10 * MIB
 VIEWS = 2
 """With one pinned block they hold three segments of 2 MiB at most: what is wanted has room."""
 
-IDS = st.sampled_from([f"n{i}" for i in range(10)])
+IDS = st.sampled_from([f"n{i}" for i in range(6)])
 SIZES = st.one_of(
     st.sampled_from([0, 1, 4095, 4096, 4097, 64 * KIB, MIB - 1, MIB, 2 * MIB, HOST + 1]),
     st.integers(0, 2000 * KIB),
 )
+
+
+class Backwards(Zlib):
+    """What it makes is nothing to the other one."""
+
+    def compress(self, plain: Any, /) -> bytes:
+        return super().compress(plain)[::-1]
+
+    def decompress(self, packed: Any, /) -> Any:
+        return super().decompress(bytes(packed)[::-1])
+
+
+CODECS = st.sampled_from([0, 1, None])
 
 
 class Model(RuleBasedStateMachine):
@@ -48,8 +61,8 @@ class Model(RuleBasedStateMachine):
     io_backend = "auto"
     views = Bundle("views")
 
-    @initialize(algorithm=st.sampled_from(SwapAlgorithm))
-    def open(self, algorithm: SwapAlgorithm) -> None:
+    @initialize(algorithm=st.sampled_from(SwapAlgorithm), codec=CODECS)
+    def open(self, algorithm: SwapAlgorithm, codec: int | None) -> None:
         self.directory = Path(tempfile.mkdtemp())
         self.swapper = AdvancedMemorySwapper(
             algorithm,
@@ -58,11 +71,14 @@ class Model(RuleBasedStateMachine):
             nvme_optimizer=NVMeOptimizer("64KiB", self.directory),
             io_backend=self.io_backend,
         )
-        self.codecs = [Zlib(), Zlib()]
+        self.codecs = [Zlib(), Backwards()]
         self.model: dict[str, bytearray] = {}
         self.pinned: set[str] = set()
         self.held: dict[str, int] = {}
         self.live = self.seed = 0
+        self.compression(codec)
+        for i in range(3):
+            self.register(f"n{i}", 100 * KIB * i + 33, "copy", i > 0, False)
 
     def fresh(self, size: int, soft: bool) -> bytes:
         self.seed += 1
@@ -154,6 +170,10 @@ class Model(RuleBasedStateMachine):
         (self.pinned.add if pinned else self.pinned.discard)(name)
 
     @rule()
+    def perform_now(self) -> None:
+        self.perform()
+
+    @rule()
     def perform(self) -> None:
         settle(self.swapper)
         inside = {
@@ -173,7 +193,7 @@ class Model(RuleBasedStateMachine):
         self.held.pop(name, None)
         self.pinned.discard(name)
 
-    @rule(which=st.sampled_from([0, 1, None]))
+    @rule(which=CODECS)
     def compression(self, which: int | None) -> None:
         if which is None:
             self.swapper._codec = None
@@ -229,7 +249,7 @@ def test_random_operations(io_backend: str) -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=400 if SOAK else 25,
+            max_examples=400 if SOAK else 20,
             stateful_step_count=60 if SOAK else 40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
