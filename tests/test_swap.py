@@ -20,6 +20,7 @@ from .swappers import MIB, Opener, content, fill, group_of, read, swap_all
 
 WRONG = [
     ({"size": -1}, ValueError, "-1"),
+    ({"size": 0}, ValueError, "at least one byte"),
     ({"size": 1 << 70}, ValueError, "size"),
     ({"size": 1 << 60}, omnimem.LimitError, "host_limit"),
     ({"size": "much"}, ValueError, "much"),
@@ -139,15 +140,6 @@ def test_spellings_of_a_size(swapper: AdvancedMemorySwapper, size: Any) -> None:
     assert swapper.register_memory_block("a", size).size == 4096
 
 
-def test_no_bytes(swapper: AdvancedMemorySwapper) -> None:
-    empty = swapper.register_memory_block("a", 0)
-    given = swapper.register_memory_block("b", 0, data=b"")
-    for _ in range(2):
-        assert swapper.access_memory_block("a") is empty
-        assert bytes(memoryview(empty)) == bytes(memoryview(given)) == b""
-        swap_all(swapper)
-
-
 @pytest.mark.parametrize(("fields", "error", "text"), WRONG)
 def test_wrong_arguments(
     swapper: AdvancedMemorySwapper, fields: dict[str, Any], error: type[Exception], text: str
@@ -197,7 +189,6 @@ def test_tensors(swapper: AdvancedMemorySwapper, take: bool) -> None:
         torch.tensor([True, False]),
         torch.tensor(3.5),
         torch.randn(3, 5, dtype=torch.complex64),
-        torch.zeros(0, 4),
     ]
     for i, tensor in enumerate(tensors):
         block = swapper.register_memory_block(str(i), tensor.nbytes, data=tensor.clone(), take=take)

@@ -112,13 +112,11 @@ def test_a_lossless_one_of_our_own(swapper: AdvancedMemorySwapper) -> None:
     runs = b"".join(bytes([i % 251]) * KIB for i in range(500)) + b"\7"
     swapper.register_memory_block("runs", len(runs), data=runs)
     swapper.register_memory_block("noise", 100 * KIB, data=data(100 * KIB))
-    swapper.register_memory_block("none", 0, data=b"")
-    assert swap_all(swapper) == 3
+    assert swap_all(swapper) == 2
     assert swapper.blocks["runs"].swap_location == "encoded"
     assert swapper.blocks["noise"].swap_location != "encoded"
     assert read(swapper, "runs") == runs
     assert read(swapper, "noise") == data(100 * KIB)
-    assert read(swapper, "none") == b""
 
 
 def test_less_is_written(open_swapper: Opener) -> None:
@@ -412,7 +410,7 @@ def test_a_failed_write(swapper: AdvancedMemorySwapper) -> None:
     _core._fault_arm("write", 1, True)
     swap_all(swapper)
     _core._fault_reset()
-    assert "s4" in swapper.get_status()["swap_trouble"]
+    assert "cannot write" in swapper.get_status()["swap_trouble"]
     assert group_of(swapper).disk_bytes == 0
     swapper.store.check()
     assert [read(swapper, name) for name in names] == [soft(name) for name in names]

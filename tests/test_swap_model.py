@@ -37,8 +37,8 @@ VIEWS = 2
 
 IDS = st.sampled_from([f"n{i}" for i in range(6)])
 SIZES = st.one_of(
-    st.sampled_from([0, 1, 4095, 4096, 4097, 64 * KIB, MIB - 1, MIB, 2 * MIB, HOST + 1]),
-    st.integers(0, 2000 * KIB),
+    st.sampled_from([1, 4095, 4096, 4097, 64 * KIB, MIB - 1, MIB, 2 * MIB, HOST + 1]),
+    st.integers(1, 2000 * KIB),
 )
 
 

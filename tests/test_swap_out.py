@@ -127,7 +127,6 @@ def test_the_algorithm_chooses(
     assert [name for name in names if swapper.blocks[name].is_swapped] == [first]
 
 
-@pytest.mark.xfail(strict=True, reason="S3-FIFO, asked for one of a few, can find none at first")
 def test_the_only_one_is_found(open_swapper: Opener) -> None:
     """The leader of ADAPTIVE has all in its shadow, of which one is in memory."""
     swapper = open_swapper(swap_algorithm=SwapAlgorithm.ADAPTIVE)

@@ -108,14 +108,14 @@ class _Blocks(Mapping[str, MemoryBlock]):
     def _find(self, block_id: str) -> MemoryBlock | None:
         """None also for a block of another group on the same store."""
         block = self._store._block(block_id)
+        return block if block is not None and self._group_of(block_id) == self._group else None
+
+    def _group_of(self, block_id: str) -> str | None:
         try:
-            return (
-                block
-                if block is not None and self._store._info(block_id)[-1] == self._group
-                else None
-            )
-        except KeyError:  # removed just now
+            group: str = self._store._info(block_id)[-1]
+        except KeyError:
             return None
+        return group
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._store.names(self._group) if self else ())
@@ -279,7 +279,7 @@ class AdvancedMemorySwapper:
         Raises
         ------
         ValueError
-            A size below 0 or not that of `data`; a name that the store uses for something else.
+            A size below 1 or not that of `data`; a name that the store uses for something else.
         TypeError
             A name that is no str, a size that is no int.
         LimitError, DiskFullError
@@ -302,6 +302,8 @@ class AdvancedMemorySwapper:
         if not isinstance(block_id, str):
             raise TypeError(f"block_id must be a str, not {type(block_id).__name__}")
         nbytes = parse_size(size, "size")
+        if nbytes == 0:
+            raise ValueError(f"block {block_id!r}: size=0, but a block has at least one byte")
         region = MemoryRegionType(region_type)
         there = self._blocks._find(block_id)
         if there is not None:
@@ -321,7 +323,10 @@ class AdvancedMemorySwapper:
             there = self._blocks._find(block_id)  # another thread was quicker
             if there is not None:
                 return there
-            if "exists already" not in str(error) or block_id in self._store:
+            if "exists already" not in str(error) or self._blocks._group_of(block_id) not in (
+                None,
+                self._GROUP,
+            ):
                 raise
             # ... and has unregistered it again
             return self._register(block_id, size, region_type, pinned, data, take, dtype, shape)
