@@ -33,10 +33,9 @@ static int begin_block_locked(struct om_store *s, const char *name, const char *
 	if (!g)
 		return om_err_last()->code;
 	code = om_block_create(name, nbytes, g, ret);
-	if (code)
-		return code;
-	om_list_push_tail(&s->blocks, &(*ret)->all);
-	return 0;
+	if (!code)
+		om_list_push_tail(&s->blocks, &(*ret)->all);
+	return code;
 }
 
 static int name_block_locked(struct om_store *s, struct om_block *b)

@@ -211,9 +211,11 @@ static void sum_block(const struct om_block *b, struct om_group_check *sum, uint
 		sum->idle += b->host == OM_COPY_VALID && !b->leases && !b->pinned;
 		*pool += body->foreign ? 0 : body->mem.bytes;
 	}
-	for (size_t i = 0; body && i < body->disk_copy.count; i++) {
-		*disk += body->disk_copy.runs[i].bytes;
-		sum->disk_bytes += b->disk == OM_COPY_NONE ? 0 : body->disk_copy.runs[i].bytes;
+	if (body) {
+		uint64_t runs = om_disk_copy_bytes(&body->disk_copy);
+
+		*disk += runs;
+		sum->disk_bytes += b->disk == OM_COPY_NONE ? 0 : runs;
 	}
 	sum->blocks += b->named && !b->inner;
 	sum->leases += b->leases;

@@ -24,7 +24,6 @@ from omnimem.store import BlockInfo, Event, GroupStats, Store, StoreStats, TierS
 from omnimem.swap import (
     AdvancedMemorySwapper,
     Cache,
-    CompressionManager,
     SwapAlgorithm,
     SwapStats,
 )
@@ -34,6 +33,7 @@ from omnimem.swap_algorithms import (
     ClockSwapAlgorithm,
     LRUSwapAlgorithm,
 )
+from omnimem.swap_codec import CompressionManager
 from omnimem.swap_setup import (
     create_advanced_memory_swapper,
     create_optimized_swapping_system,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 from omnimem import _core
-from omnimem.errors import Error
+from omnimem.errors import ClosedError, Error
+
+if TYPE_CHECKING:
+    from omnimem.store import Store
 
 __all__ = ["MemoryBlock", "MemoryRegionType"]
 
@@ -193,6 +196,41 @@ swap_location, ref_count, pinned, device
         if self._name is not None:
             where = "swapped out" if self.is_swapped else "in memory" if self.ptr else "not in use"
         return f"<omnimem.MemoryBlock {self.id!r}, {self.size} bytes, {where}>"
+
+
+class Blocks(Mapping[str, MemoryBlock]):
+    """The blocks of one group of a store by id, read-only; objects are made on demand."""
+
+    def __init__(self, store: Store, group: str) -> None:
+        self._store = store
+        self._group = group
+
+    def __getitem__(self, block_id: str) -> MemoryBlock:
+        block = self.find(block_id) if block_id in self._store and self else None
+        if block is None:
+            raise KeyError(block_id)
+        return block
+
+    def find(self, block_id: str) -> MemoryBlock | None:
+        """None also for a block of another group on the same store."""
+        block = self._store._block(block_id)
+        return block if block is not None and self.group_of(block_id) == self._group else None
+
+    def group_of(self, block_id: str) -> str | None:
+        try:
+            group: str = self._store._info(block_id)[-1]
+        except KeyError:
+            return None
+        return group
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store.names(self._group) if self else ())
+
+    def __len__(self) -> int:
+        try:
+            return self._store.group_stats(self._group).blocks
+        except ClosedError:
+            return 0
 
 
 def _unpack(block: MemoryBlock) -> None:

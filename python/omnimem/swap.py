@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
-import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -15,21 +13,20 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from omnimem import _core
 from omnimem._core import Ticket
-from omnimem.block import REGIONS, MemoryBlock, MemoryRegionType
+from omnimem.block import REGIONS, Blocks, MemoryBlock, MemoryRegionType
 from omnimem.config import parse_size
-from omnimem.errors import BusyError, ClosedError, Error
+from omnimem.errors import ClosedError
 from omnimem.nvme import NVMeOptimizer
 from omnimem.pressure import MemoryPressureMonitor
 from omnimem.store import GroupStats, Store
+from omnimem.swap_codec import CompressionManager, encode_out
 
 if TYPE_CHECKING:
     from torch import nn
-    from typing_extensions import Buffer
 
 __all__ = [
     "AdvancedMemorySwapper",
     "Cache",
-    "CompressionManager",
     "SwapAlgorithm",
     "SwapStats",
 ]
@@ -37,7 +34,6 @@ __all__ = [
 log = logging.getLogger("omnimem.swap")
 
 _GIB = 1 << 30
-_LEAST_SAVED = 0.05  # of a block's bytes: what encoding has to save
 _FEW = 10  # blocks that analyze_access_patterns names
 
 
@@ -47,17 +43,6 @@ class SwapAlgorithm(Enum):
     LRU = "lru"
     CLOCK = "clock"
     ADAPTIVE = "adaptive"
-
-
-@runtime_checkable
-class CompressionManager(Protocol):
-    """What `integrate_with_compression` takes: lossless, and whole blocks at a time."""
-
-    def compress(self, data: Buffer, /) -> Buffer:
-        """The bytes, encoded."""
-
-    def decompress(self, data: Buffer, /) -> Buffer:
-        """The bytes that `compress` was given."""
 
 
 @runtime_checkable
@@ -90,41 +75,6 @@ class SwapStats:
     """Accesses that did not."""
     swap_efficiency: float = 0.0
     """Share of the accesses that found the bytes in memory; 0.0 before the first one."""
-
-
-class _Blocks(Mapping[str, MemoryBlock]):
-    """The blocks of a swapper by id; objects are made on demand."""
-
-    def __init__(self, store: Store, group: str) -> None:
-        self._store = store
-        self._group = group
-
-    def __getitem__(self, block_id: str) -> MemoryBlock:
-        block = self._find(block_id) if block_id in self._store and self else None
-        if block is None:
-            raise KeyError(block_id)
-        return block
-
-    def _find(self, block_id: str) -> MemoryBlock | None:
-        """None also for a block of another group on the same store."""
-        block = self._store._block(block_id)
-        return block if block is not None and self._group_of(block_id) == self._group else None
-
-    def _group_of(self, block_id: str) -> str | None:
-        try:
-            group: str = self._store._info(block_id)[-1]
-        except KeyError:
-            return None
-        return group
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._store.names(self._group) if self else ())
-
-    def __len__(self) -> int:
-        try:
-            return self._store.group_stats(self._group).blocks
-        except ClosedError:
-            return 0
 
 
 class AdvancedMemorySwapper:
@@ -195,7 +145,7 @@ class AdvancedMemorySwapper:
         self._owns = store is None
         self._access = self._store._access
         self.swap_algorithm = swap_algorithm
-        self._blocks = _Blocks(self._store, self._GROUP)
+        self._blocks = Blocks(self._store, self._GROUP)
 
     # -- settings --------------------------------------------------------------------------------
 
@@ -305,7 +255,7 @@ class AdvancedMemorySwapper:
         if nbytes == 0:
             raise ValueError(f"block {block_id!r}: size=0, but a block has at least one byte")
         region = MemoryRegionType(region_type)
-        there = self._blocks._find(block_id)
+        there = self._blocks.find(block_id)
         if there is not None:
             return there
         if take and data is None:
@@ -320,10 +270,10 @@ class AdvancedMemorySwapper:
             else:
                 self._store.add(block_id, data, self._GROUP)
         except ValueError as error:
-            there = self._blocks._find(block_id)  # another thread was quicker
+            there = self._blocks.find(block_id)  # another thread was quicker
             if there is not None:
                 return there
-            if "exists already" not in str(error) or self._blocks._group_of(block_id) not in (
+            if "exists already" not in str(error) or self._blocks.group_of(block_id) not in (
                 None,
                 self._GROUP,
             ):
@@ -341,7 +291,7 @@ class AdvancedMemorySwapper:
 
     def unregister_memory_block(self, block_id: str) -> bool:
         """Forget a block; its bytes go with the last view. False: there is none of that name."""
-        if self._blocks._find(block_id) is None:
+        if self._blocks.find(block_id) is None:
             return False
         try:
             self._store.remove(block_id)
@@ -400,7 +350,7 @@ class AdvancedMemorySwapper:
         blocks = 0
         while need:
             if self._codec is not None:
-                gone, freed = self._encode_out(need, self._codec)
+                gone, freed = encode_out(self._store, self._GROUP, need, self._codec)
             else:
                 gone, freed = self._store._swap_out(self._GROUP, need)
             blocks += gone
@@ -628,72 +578,6 @@ class AdvancedMemorySwapper:
             self._cache.evict(need)  # type: ignore[union-attr]
         except Exception:
             log.warning("the cache could not shrink by %d bytes", need, exc_info=True)
-
-    def _encode_out(self, need: int, codec: int) -> tuple[int, int]:
-        """As `_swap_out`, with what is worth it encoded; what remains goes plain."""
-        manager = self._store._codecs[codec]
-        begun: dict[str, int] = {}
-        while sum(begun.values()) < need:
-            lease = self._store._victim(self._GROUP)
-            if lease is None:
-                break
-            name, nbytes = lease.name, lease.nbytes
-            try:
-                with lease:
-                    if name in begun:  # it could not go
-                        break
-                    packed = _encode(manager, lease)
-                    if packed is not None:
-                        self._store._pack(lease, packed, codec)
-                self._store.evict(name, timeout=0.0)  # what has to be written is on its way
-            except BusyError:
-                pass
-            except KeyError:  # another thread has unregistered it
-                continue
-            except Error:
-                break  # `_swap_out` meets it again, and keeps the reason
-            begun[name] = nbytes
-        self._store._swap_out(self._GROUP, 0)
-        freed = {name: size for name, size in begun.items() if not self._in_memory(name)}
-        total = sum(freed.values())
-        if total >= need:
-            return len(freed), total
-        gone, rest = self._store._swap_out(self._GROUP, need - total)
-        return len(freed) + gone, total + rest
-
-    def _in_memory(self, block_id: str) -> bool:
-        block = self._store._block(block_id)
-        return block is not None and block.ptr != 0
-
-
-def _encode(manager: CompressionManager, lease: _core.Lease) -> Any:
-    """What the manager makes of a block, if it is worth it and gives back the same bytes."""
-    packed: memoryview | None = None
-    try:
-        with memoryview(lease) as plain, memoryview(manager.compress(plain)) as made:
-            packed = made.cast("B")
-            if packed.nbytes > (1 - _LEAST_SAVED) * plain.nbytes:
-                return None
-            if _core._same_bytes(manager.decompress(packed), plain):
-                return packed
-        log.warning(
-            "block %r: %s gave back other bytes than it was given; it is stored plain",
-            lease.name,
-            type(manager).__name__,
-        )
-    except Exception as error:
-        log.warning(
-            "block %r: %s failed; it is stored plain",
-            lease.name,
-            type(manager).__name__,
-            exc_info=True,
-        )
-        # Who keeps the log record keeps the frames, whose views would keep the block in memory.
-        traceback.clear_frames(error.__traceback__)
-        if packed is not None:
-            with contextlib.suppress(BufferError):
-                packed.release()
-    return None
 
 
 def _share(part: float, whole: float) -> float:

@@ -14,7 +14,8 @@ from omnimem._storage import storage_kind
 from omnimem.block import MemoryRegionType
 from omnimem.config import parse_size
 from omnimem.nvme import NVMeOptimizer
-from omnimem.swap import AdvancedMemorySwapper, CompressionManager, SwapAlgorithm
+from omnimem.swap import AdvancedMemorySwapper, SwapAlgorithm
+from omnimem.swap_codec import CompressionManager
 
 __all__ = [
     "create_advanced_memory_swapper",
