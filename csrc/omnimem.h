@@ -117,10 +117,13 @@ struct om_file_range {
 	const char *path;
 	uint64_t offset, nbytes;
 };
+#define OM_NOT_ENCODED UINT64_MAX
 /* The block's bytes are these ranges, in order; read in place, on demand. The files are opened and
- * their identity is taken now. */
+ * their identity is taken now. `decoded_bytes`: OM_NOT_ENCODED, or the ranges hold what om_encode
+ * made, once or several times, end to end, and decode to so many bytes. */
 int om_store_add_file(struct om_store *s, const char *name, const char *group,
-                      const struct om_file_range *ranges, size_t count, const struct om_desc *desc);
+                      const struct om_file_range *ranges, size_t count, uint64_t decoded_bytes,
+                      const struct om_desc *desc);
 /* The name is free now; the bytes go with the last lease. OM_ENAME when unknown. */
 int om_store_remove(struct om_store *s, const char *name);
 /* 1: no longer in HOST; 0: leased, still there; negative: error (the bytes are still in HOST). */
@@ -131,7 +134,7 @@ bool om_store_contains(struct om_store *s, const char *name);
 int om_store_names(struct om_store *s, const char *group, char ***ret, size_t *ret_count);
 void om_names_free(char **names, size_t count);
 
-enum om_tier_bit { OM_TIER_HOST = 1, OM_TIER_DISK = 2 };
+enum om_tier_bit { OM_TIER_HOST = 1, OM_TIER_DISK = 2, OM_TIER_PACKED = 4 };
 struct om_info {
 	uint64_t nbytes;
 	unsigned tiers; /* enum om_tier_bit: VALID copies */
@@ -153,6 +156,7 @@ struct om_tier_stats {
 };
 struct om_stats {
 	struct om_tier_stats host, disk;
+	uint64_t packed_bytes;   /* of host.used_bytes, those of encoded forms */
 	uint64_t exported_bytes; /* of blocks with a live view (buffer, DLPack) */
 	uint64_t blocks, leases;
 	/* leases that found the bytes in HOST, or did not; asked for again after OM_EBUSY: counted once */
@@ -327,24 +331,34 @@ void om_ticket_free(struct om_ticket *t); /* does not cancel */
 
 /* ---- streams ---- */
 
+enum om_keep { /* what of a unit's block is in HOST all the time */
+	       OM_KEEP_NOTHING,
+	       OM_KEEP_PLAIN,
+	       OM_KEEP_FAST, /* its bytes encoded (enum om_coding), decoded while the unit is in use; nothing where
+	               * that would hardly be smaller */
+	       OM_KEEP_BALANCED,
+};
 struct om_stream_unit {
 	const char *name;
 	const char *const *blocks; /* names, all in the stream's group */
-	const bool *resident;      /* per block: always in HOST */
+	const uint8_t *keep;       /* per block: enum om_keep */
 	size_t count;
 };
 struct om_stream_stats {
-	uint64_t enters, hits; /* of units with streamed blocks: entered, bytes were there */
-	uint64_t stall_ns;     /* waited in enter */
-	uint64_t read_bytes;   /* of this stream's fills, supersets included */
-	uint64_t mispredicted; /* enters that the recorded order did not foretell */
+	uint64_t enters, hits;  /* of units with streamed blocks: entered, bytes were there */
+	uint64_t packed_bytes;  /* of forms that are kept */
+	uint64_t decoded_bytes; /* plain bytes that were decoded */
+	uint64_t stall_ns;      /* waited in enter */
+	uint64_t read_bytes;    /* of this stream's fills, supersets included */
+	uint64_t mispredicted;  /* enters that the recorded order did not foretell */
 };
 
 /* Units are numbered by their place in `units`. Their order is the first prediction; the recorded
  * order replaces it as units are entered. `group` must hold the blocks. */
 int om_stream_create(struct om_store *s, const char *group, const struct om_stream_unit *units,
                      size_t count, struct om_stream **ret);
-/* Lease the resident blocks (reading them). Call again after OM_EBUSY to go on. */
+/* Lease the resident blocks (reading them), encode what is kept encoded. Call again after OM_EBUSY to go
+ * on. */
 int om_stream_load(struct om_stream *st, uint64_t deadline_ns);
 /* A thread begins to use a unit: its streamed blocks are leased all or none, then the next
  * units of the order are fetched into what room the ring has. *ret_bind: the caller is the first,
@@ -356,7 +370,7 @@ void om_stream_bound(struct om_stream *st, size_t unit, bool ok);
  * call om_stream_unbound, which lets the bytes go. */
 int om_stream_leave(struct om_stream *st, size_t unit, bool *ret_unbind);
 void om_stream_unbound(struct om_stream *st, size_t unit);
-/* The lease of a unit's block: resident ones always (after load), streamed ones while entered.
+/* The lease of a unit's block: those kept plain always (after load), others while entered.
  * Borrowed; NULL when there is none. */
 struct om_lease *om_stream_lease(struct om_stream *st, size_t unit, size_t block);
 int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret);
@@ -462,6 +476,12 @@ int om_coded_open(const void *coded, uint64_t coded_bytes, struct om_coded *ret)
 int om_coded_part(const struct om_coded *c, uint64_t first, uint64_t count, void *ret);
 /* Compare the checksum of all the plain bytes. */
 int om_coded_check(const struct om_coded *c, const void *ret);
+
+/* Encode a block's bytes (bringing them to HOST), and keep the form in HOST: it is decoded when the bytes
+ * are needed next, and what is in HOST plain may go for nothing. *ret_bytes: of the form; 0: it would hardly
+ * be smaller, the block stays as it is. */
+int om_store_encode(struct om_store *s, const char *name, enum om_coding coding,
+                    uint64_t deadline_ns, uint64_t *ret_bytes);
 
 /* ---- simulation ---- */
 

@@ -109,6 +109,7 @@ static void count_host(struct om_block *b, int64_t bytes)
 	struct om_group *g = b->group;
 
 	g->used_bytes += (uint64_t)bytes;
+	g->packed_bytes += b->inner ? (uint64_t)bytes : 0;
 	g->peak_bytes = OM_MAX(g->peak_bytes, g->used_bytes);
 	if (!g->limit_bytes && g->used_bytes > g->policy->capacity)
 		g->policy->capacity = g->used_bytes;
@@ -359,6 +360,7 @@ void om_block_forget_origin(struct om_block *b)
 	om_free(b->body->ranges);
 	b->body->ranges = NULL;
 	b->body->range_count = 0;
+	b->body->origin = NULL;
 	b->body->hash_known = false;
 }
 

@@ -22,7 +22,8 @@ struct om_group {
 	uint64_t used_bytes,
 		peak_bytes;     /* HOST extents of its blocks, FILLING and LEAVING included */
 	uint64_t leaving_bytes; /* of those, LEAVING */
-	uint64_t read_bytes;
+	uint64_t packed_bytes;  /* of those, of encoded forms */
+	uint64_t read_bytes, decoded_bytes;
 	uint64_t disk_bytes;    /* runs of the swap file that its blocks hold */
 	uint64_t foreign_bytes; /* HOST bytes of somebody else */
 	uint64_t blocks, leases, pinned;
@@ -37,7 +38,8 @@ struct om_group {
 	uint32_t *vacant;               /* slots, a stack */
 	uint32_t vacant_count, seat_count;
 	struct om_group_check {
-		uint64_t bytes, disk_bytes, foreign_bytes, blocks, leases, pinned, swapped, idle;
+		uint64_t bytes, packed_bytes, disk_bytes, foreign_bytes, blocks, leases, pinned,
+			swapped, idle;
 	} check; /* om_store_check only */
 	unsigned
 		streams; /* of these: what they fetch ahead is finished by the thread that uses it */

@@ -14,7 +14,7 @@
 static bool kept(const struct om_block *b, struct om_block *const *keep, size_t count)
 {
 	for (size_t i = 0; i < count; i++)
-		if (keep[i] == b)
+		if (keep[i] == b || om_block_coded(keep[i]) == b)
 			return true;
 	return false;
 }
