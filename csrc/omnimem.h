@@ -345,12 +345,12 @@ struct om_stream_unit {
 	size_t count;
 };
 struct om_stream_stats {
-	uint64_t enters, hits;  /* of units with streamed blocks: entered, bytes were there */
-	uint64_t packed_bytes;  /* of forms that are kept */
-	uint64_t decoded_bytes; /* plain bytes that were decoded */
-	uint64_t stall_ns;      /* waited in enter */
-	uint64_t read_bytes;    /* of this stream's fills, supersets included */
-	uint64_t mispredicted;  /* enters that the recorded order did not foretell */
+	uint64_t enters, hits; /* of units with streamed blocks: entered, bytes were there */
+	uint64_t packed_bytes; /* of forms that are kept */
+	uint64_t decoded_bytes, decode_ns; /* plain bytes that were decoded, once they were there */
+	uint64_t stall_ns;                 /* waited in enter */
+	uint64_t read_bytes;               /* of this stream's fills, supersets included */
+	uint64_t mispredicted;             /* enters that the recorded order did not foretell */
 };
 
 /* Units are numbered by their place in `units`. Their order is the first prediction; the recorded
@@ -360,6 +360,11 @@ int om_stream_create(struct om_store *s, const char *group, const struct om_stre
 /* Lease the resident blocks (reading them), encode what is kept encoded. Call again after OM_EBUSY to go
  * on. */
 int om_stream_load(struct om_stream *st, uint64_t deadline_ns);
+/* Before loading: what is encoded is kept only as long as so many bytes of the group's limit are left for
+ * what passes through the ring, beside all that is kept. */
+int om_stream_reserve(struct om_stream *st, uint64_t ring_bytes);
+/* Keep nothing of a unit encoded any more, and give the memory back: its bytes come from their origin. */
+int om_stream_forget(struct om_stream *st, size_t unit);
 /* A thread begins to use a unit: its streamed blocks are leased all or none, then the next
  * units of the order are fetched into what room the ring has. *ret_bind: the caller is the first,
  * must make the windows and then call om_stream_bound; others wait for that. */

@@ -307,6 +307,12 @@ class Stream:
     def unbound(self, unit: int, /) -> None:
         """The windows are gone: the bytes may go."""
 
+    def reserve(self, ring: int, /) -> None:
+        """Bytes that what is kept encoded leaves to the ring; before `load`."""
+
+    def forget(self, unit: int, /) -> None:
+        """Keep nothing of a unit encoded any more: its bytes come from their origin."""
+
     def set_windows(self, unit: int, windows: Sequence[tuple[int, int, str, _Shape]]) -> None:
         """What `windows` returns: (block index, offset in bytes, dtype, shape) each."""
 
