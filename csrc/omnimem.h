@@ -446,7 +446,7 @@ enum om_coding { OM_CODING_NONE, OM_CODING_FAST, OM_CODING_BALANCED };
 /* Room that om_encode needs for `nbytes`. */
 uint64_t om_encode_bound(uint64_t nbytes);
 /* Encode `nbytes` of elements like `desc` into `ret` (`room` bytes, at least om_encode_bound). Where `desc` is
- * NULL, of no type that the codec knows or not worth it, a sample of each part decides what its bytes
+ * NULL, unknown, of no type that the codec has or not worth it, a sample of each part decides what its bytes
  * are taken for. *ret_bytes: how long the result is; 0: less than 5 % would be saved, which a sample
  * tells in most cases, and nothing in `ret` is of use. The result depends on the bytes, `desc` and `coding`
  * alone, not on the processor. OM_EVALUE: no such coding, too little room. */
@@ -460,6 +460,11 @@ int om_coded_info(const void *coded, uint64_t coded_bytes, uint64_t *ret_nbytes,
  * whatever om_encode did not make, or not of `nbytes`; `ret` then has any bytes. Reads and writes
  * nothing out of bounds, whatever the input (which nobody may change meanwhile). */
 int om_decode(const void *coded, uint64_t coded_bytes, void *ret, uint64_t nbytes);
+
+/* For tests and benchmarks: by which instructions the process codes from now on. False: this processor
+ * cannot. */
+enum om_codec_path { OM_PATH_AUTO, OM_PATH_PLAIN, OM_PATH_AVX2, OM_PATH_AVX512 };
+bool om_codec_use(enum om_codec_path path);
 
 /* The same in three steps, so that several threads can decode one block. */
 struct om_coded {

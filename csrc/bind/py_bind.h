@@ -149,6 +149,15 @@ PyObject *py_store_ranked(PyObject *, PyObject *);
 PyObject *py_store_events(PyObject *, PyObject *);
 PyObject *py_same_bytes(PyObject *, PyObject *);
 
+/* encode, decode (py_codec.c). */
+PyObject *py_encode(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *py_encode_into(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *py_decode(PyObject *, PyObject *);
+PyObject *py_decode_into(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *py_coded_info(PyObject *, PyObject *);
+PyObject *py_encode_bound(PyObject *, PyObject *);
+PyObject *py_codec_use(PyObject *, PyObject *);
+
 /* simulate (py_simulate.c), memory (py_pressure.c). */
 PyObject *py_simulate(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_memory(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);

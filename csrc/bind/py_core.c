@@ -250,6 +250,22 @@ static PyMethodDef functions[] = {
 	{ "memory", PY_FAST(py_memory), PY_FAST_FLAGS,
 	  "memory($module, /, root=None)\n--\n\n(total, available, source) of the tightest of system and "
 	  "cgroups, in bytes." },
+	{ "encode", PY_FAST(py_encode), PY_FAST_FLAGS,
+	  "encode($module, /, data, dtype=None, coding='auto')\n--\n\nThe bytes of a buffer or tensor, "
+	  "encoded; None where that saves less than 5 %." },
+	{ "encode_into", PY_FAST(py_encode_into), PY_FAST_FLAGS,
+	  "encode_into($module, /, data, out, dtype=None, coding='auto')\n--\n\nAs encode, into a buffer; "
+	  "how many bytes, 0 for None." },
+	{ "encode_bound", py_encode_bound, METH_O,
+	  "encode_bound(nbytes, /)\n--\n\nThe room that encode_into needs." },
+	{ "decode", py_decode, METH_O, "decode(coded, /)\n--\n\nThe bytes that encode was given." },
+	{ "decode_into", PY_FAST(py_decode_into), PY_FAST_FLAGS,
+	  "decode_into($module, /, coded, out, check=True)\n--\n\nAs decode, into a buffer of just that "
+	  "size." },
+	{ "coded_info", py_coded_info, METH_O,
+	  "coded_info(coded, /)\n--\n\n(plain bytes, coding) of what encode made." },
+	{ "_codec_use", py_codec_use, METH_O,
+	  "_codec_use(path, /)\n--\n\nCode by 'plain', 'avx2', 'avx512' or 'auto'; whether it can." },
 	{ "simulate", PY_FAST(py_simulate), PY_FAST_FLAGS,
 	  "simulate($module, /, ids, capacity, policy, sizes=None)\n--\n\nRequests, misses, their bytes, "
 	  "and how often each expert of \"adaptive\" led." },

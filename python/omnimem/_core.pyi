@@ -377,6 +377,57 @@ def _block_setup(type: Any, unpacker: Any, /) -> None: ...
 def memory(root: str | None = None) -> tuple[int, int, str]:
     """(total, available, source) of the tightest of system and cgroups, in bytes."""
 
+def encode(data: _Data, dtype: str | None = None, coding: str = "auto") -> bytes | None:
+    """The bytes of a buffer or tensor, encoded without loss; None where less than 5 % is saved.
+
+    Parameters
+    ----------
+    data
+        Any buffer or DLPack producer in the CPU's memory.
+    dtype
+        What its elements are; by default what `data` says. A hint: any bytes can be encoded.
+    coding
+        "fast", a third off bfloat16 at the rate of memory; "balanced", two percent more off at a
+        third of that rate; or "auto", which is "fast".
+
+    Raises
+    ------
+    ValueError
+        No such coding or dtype.
+    """
+
+def encode_into(data: _Data, out: Buffer, dtype: str | None = None, coding: str = "auto") -> int:
+    """As `encode`, into the first bytes of `out`; returns how many, 0 for None.
+
+    Raises
+    ------
+    ValueError
+        `out` has less than `encode_bound(nbytes)` bytes.
+    """
+
+def encode_bound(nbytes: int, /) -> int:
+    """The bytes that `encode_into` needs room for."""
+
+def decode(coded: Buffer, /) -> bytes:
+    """The bytes that `encode` was given.
+
+    Raises
+    ------
+    CorruptError
+        These bytes were not made by `encode`, or are damaged.
+    """
+
+def decode_into(coded: Buffer, out: Buffer, check: bool = True) -> None:
+    """As `decode`, into `out`, which has just that many bytes.
+
+    A megabyte and more goes past the caches where `out` is aligned to 64. `check=False` does not
+    compare the checksum of what was decoded.
+    """
+
+def coded_info(coded: Buffer, /) -> tuple[int, str]:
+    """(plain bytes, coding) of what `encode` made; CorruptError for other bytes."""
+
+def _codec_use(path: str, /) -> bool: ...
 def simulate(
     ids: Buffer, capacity: int, policy: str, sizes: Buffer | None = None
 ) -> tuple[int, int, int, int, dict[str, int]]:

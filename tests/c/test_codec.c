@@ -20,9 +20,9 @@ static const enum om_codec_path paths[] = { OM_PATH_PLAIN, OM_PATH_AVX2, OM_PATH
 
 enum { BF16, FP16, FP32, WIDE, E4M3, E5M2, HINTS };
 static const struct om_desc descs[HINTS] = {
-	[BF16] = { 4, 16, 1, -1, { 0 } }, [FP16] = { 2, 16, 1, -1, { 0 } },
-	[FP32] = { 2, 32, 1, -1, { 0 } }, [WIDE] = { 2, 32, 1, -1, { 0 } },
-	[E4M3] = { 10, 8, 1, -1, { 0 } }, [E5M2] = { 12, 8, 1, -1, { 0 } },
+	[BF16] = { 4, 16, 1, 0, { 0 } }, [FP16] = { 2, 16, 1, 0, { 0 } },
+	[FP32] = { 2, 32, 1, 0, { 0 } }, [WIDE] = { 2, 32, 1, 0, { 0 } },
+	[E4M3] = { 10, 8, 1, 0, { 0 } }, [E5M2] = { 12, 8, 1, 0, { 0 } },
 };
 
 static uint64_t random64(void)

@@ -37,9 +37,9 @@ static void rehash(uint8_t *coded, uint64_t bytes)
 /* Something like weights of one of the types, encoded; 0: does not fit. */
 static size_t fresh(uint8_t *ret, size_t room, unsigned seed)
 {
-	static const struct om_desc descs[] = { { 4, 16, 1, -1, { 0 } }, { 2, 16, 1, -1, { 0 } },
-		                                { 2, 32, 1, -1, { 0 } }, { 10, 8, 1, -1, { 0 } },
-		                                { 12, 8, 1, -1, { 0 } }, { 1, 8, 1, -1, { 0 } } };
+	static const struct om_desc descs[] = { { 4, 16, 1, 0, { 0 } }, { 2, 16, 1, 0, { 0 } },
+		                                { 2, 32, 1, 0, { 0 } }, { 10, 8, 1, 0, { 0 } },
+		                                { 12, 8, 1, 0, { 0 } }, { 1, 8, 1, 0, { 0 } } };
 	/* the byte that has the exponent, and what of it varies */
 	static const uint8_t every[] = { 2, 2, 4, 1, 1, 1 },
 			     mask[] = { 0x81, 0x84, 0x81, 0x9f, 0x87, 0x11 };
