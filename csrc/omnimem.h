@@ -308,7 +308,8 @@ int om_store_disk(struct om_store *s, const char *directory, uint64_t limit_byte
 int om_store_victim(struct om_store *s, const char *group, struct om_lease **ret);
 /* `data` is what the leased bytes were encoded to: it replaces all other copies but the one in HOST, and is
  * on its way to DISK. `codec` is the caller's number of who encoded. OM_EBUSY: others lease the bytes, or
- * have shared them since `l` was made, and may have written to them. */
+ * have leased them since `l` was made, and may have written to them; or somebody did who leased them for
+ * reading, and what lies below is what counts. */
 int om_lease_pack(struct om_lease *l, const void *data, uint64_t nbytes, uint8_t codec);
 /* The encoded form of a block whose only bytes it is; OM_EAGAIN (no error set): it is not. */
 int om_block_lease_packed(struct om_store *s, struct om_block *b, uint64_t deadline_ns,

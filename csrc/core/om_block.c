@@ -216,7 +216,7 @@ static void free_host(struct om_block *b, struct om_pool *p, bool evicted)
 		b->group->leaving_bytes -= bytes;
 	body->data = NULL;
 	b->host = OM_COPY_NONE;
-	body->unused = body->touched = false;
+	body->unused = body->touched = body->shown = false;
 	b->counted = 0;
 	end_membership(b, evicted);
 	recount(b, was);

@@ -137,7 +137,7 @@ static int packable(const struct om_lease *l)
 		return om_err(OM_ENAME, "block '%s' was removed", b->name);
 	if (b->leases > 1 || b->pinned || b->body->move || b->body->holds)
 		return om_err(OM_EBUSY, "block '%s' is in use", b->name);
-	if (b->body->shares != l->shares)
+	if (b->body->turns != l->turns)
 		return om_err(OM_EBUSY, "block '%s' may have been written to since it was leased",
 		              b->name);
 	return 0;
@@ -156,7 +156,7 @@ int om_lease_pack(struct om_lease *l, const void *data, uint64_t nbytes, uint8_t
 	code = packable(l);
 	if (code)
 		return om_store_leave(s, code);
-	b->body->holds++; /* nobody writes alone meanwhile; who shares the bytes is seen afterwards */
+	b->body->holds++; /* nobody writes alone meanwhile; who else leases the bytes is seen afterwards */
 	s->inside++;
 	om_mutex_unlock(&s->lock);
 	hash = om_hash(l->data, b->nbytes);
@@ -168,6 +168,9 @@ int om_lease_pack(struct om_lease *l, const void *data, uint64_t nbytes, uint8_t
 	if (code)
 		return om_store_leave(s, code);
 	code = packable(l);
+	if (!code && om_block_clean(b) && b->body->hash_known && hash != b->body->hash)
+		code = om_err(OM_EBUSY, "block '%s' was written to by who leased it for reading",
+		              b->name);
 	code = code ? code : take_form_locked(s, b, mem, nbytes, codec);
 	if (code) {
 		om_pool_free(&s->pool, &mem);
@@ -333,7 +336,7 @@ static int keep_form_locked(struct om_store *s, struct om_block *b, const struct
 	struct om_extent mem;
 	int code;
 
-	if (b->body->hash_known && !b->body->touched && b->body->hash != coded->hash)
+	if (b->body->hash_known && b->body->hash != coded->hash)
 		return om_err(OM_ECORRUPT,
 		              "block '%s': the bytes in memory differ from those stored: somebody "
 		              "wrote to a view that was for reading",
@@ -352,7 +355,6 @@ static int keep_form_locked(struct om_store *s, struct om_block *b, const struct
 		om_pool_free(&s->pool, &mem);
 		return code;
 	}
-	b->body->touched = false;
 	b->body->hash = coded->hash;
 	b->body->hash_known = b->body->verified = true;
 	return 0;
@@ -363,7 +365,6 @@ int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding
 {
 	struct om_extent scratch = { 0 };
 	struct om_coded coded = { 0 };
-	unsigned shares = b->body->shares;
 	int code = loose_locked(s, b->group, om_encode_bound(b->nbytes), deadline_ns, &scratch);
 
 	*ret = NULL;
@@ -376,7 +377,7 @@ int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding
 	om_mutex_lock(&s->lock);
 	if (!code && s->closing)
 		code = om_err(OM_ECLOSED, "the store was closed meanwhile");
-	if (!code && coded.bytes && b->body->shares != shares)
+	if (!code && coded.bytes && b->body->touched)
 		code = om_err(OM_EBUSY, "block '%s' is shared for writing while it is encoded",
 		              b->name);
 	if (!code && coded.bytes)
