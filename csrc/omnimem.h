@@ -103,6 +103,20 @@ int om_store_policy(struct om_store *s, const char *group, const char *policy);
  * without an origin would fit into HOST and DISK with room to exchange the largest. */
 int om_store_add(struct om_store *s, const char *name, const char *group, const void *data,
                  uint64_t nbytes, const struct om_desc *desc, uint64_t deadline_ns);
+/* An array whose elements need not lie together. `shape` has no negative dimension; strides are in
+ * bytes. */
+struct om_array {
+	const void *data; /* the first element */
+	int ndim;         /* at most OM_MAX_NDIM */
+	const int64_t *shape, *strides;
+	uint64_t itemsize;
+};
+/* The elements in C order, one behind the other; needs no store. */
+void om_array_copy(const struct om_array *a, void *ret);
+/* As om_store_add, of an array of `nbytes` in all: nothing is copied before there is room for it. */
+int om_store_add_array(struct om_store *s, const char *name, const char *group,
+                       const struct om_array *a, uint64_t nbytes, const struct om_desc *desc,
+                       uint64_t deadline_ns);
 /* Keep the caller's memory: it counts in the limit. `release(context)` runs once, from
  * om_store_collect, when the block's bytes are elsewhere or the block is gone and no lease is
  * left. On failure nothing is kept and `release` is not called. */

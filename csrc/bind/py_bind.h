@@ -51,6 +51,8 @@ int py_wait(int (*call)(void *arg, uint64_t deadline_ns), void *arg, uint64_t de
 /* "bfloat16" -> code, bits, lanes; ValueError when unknown. */
 int py_dtype_parse(const char *name, struct om_dl_type *ret);
 PyObject *py_dtype_name(struct om_dl_type type);
+/* False for a type that no name stands for: no producer means it. */
+bool py_dtype_is_known(struct om_dl_type type);
 /* The type of a PEP 3118 format; false when there is none. */
 bool py_dtype_of_format(const char *format, Py_ssize_t itemsize, struct om_dl_type *ret);
 /* The PEP 3118 format of a type; NULL when there is none. */
@@ -114,10 +116,20 @@ struct py_data {
 	uint64_t nbytes;
 	struct om_desc desc;
 	bool readonly;
+	/* PY_STRIDED_KEPT: the elements do not lie together. */
+	bool strided;
+	uint64_t itemsize;
+	int ndim;
+	int64_t shape[OM_MAX_NDIM], strides[OM_MAX_NDIM]; /* strides in bytes */
 };
-/* Takes the bytes of `o`, DLPack first. `may_copy`: strided ones are made contiguous, else they
- * are a ValueError. */
-int py_data_init(struct py_data *d, PyObject *o, bool may_copy);
+/* What becomes of strided data: a ValueError; contiguous; as it is (see py_data_array). */
+enum py_strided { PY_STRIDED_REFUSED, PY_STRIDED_COPIED, PY_STRIDED_KEPT };
+/* Takes the bytes of `o`, DLPack first. */
+int py_data_init(struct py_data *d, PyObject *o, enum py_strided strided);
+static inline struct om_array py_data_array(const struct py_data *d)
+{
+	return (struct om_array){ d->data, d->ndim, d->shape, d->strides, d->itemsize };
+}
 void py_data_fini(struct py_data *d);
 
 /* Store.add, Store.take, Store.add_file, Store.encode (py_add.c). */
@@ -180,9 +192,6 @@ PyObject *py_export(const struct py_view *v, bool versioned, bool copy);
 PyObject *py_export_args(const struct py_view *v, PyObject *const *args, Py_ssize_t nargs,
                          PyObject *kwnames);
 PyObject *py_export_device(PyObject *self, PyObject *unused);
-/* Copies a strided array to contiguous memory; strides in bytes. Needs no GIL. */
-void py_copy_strided(char *dst, const char *src, int ndim, const int64_t *shape,
-                     const int64_t *strides, uint64_t itemsize);
 
 /* ---- objects ---- */
 
