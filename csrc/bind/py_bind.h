@@ -95,6 +95,8 @@ struct py_core *py_core_ref(struct py_core *c);
 void py_core_unref(struct py_core *c);
 /* Lets producers' memory go that no store needs any more; keeps the exception that is set. */
 void py_collect_slow(void);
+/* The same for the last time: what is needed yet never goes. */
+void py_collect_last(void);
 extern struct py_core *py_keepers;
 static inline void py_collect(void)
 {

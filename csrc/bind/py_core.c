@@ -232,9 +232,9 @@ static PyObject *dtype_code(PyObject *Py_UNUSED(module), PyObject *name)
 	return Py_BuildValue("(iii)", type.code, type.bits, type.lanes);
 }
 
-static PyObject *collect(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+static PyObject *collect_last(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-	py_collect();
+	py_collect_last();
 	return Py_NewRef(Py_None);
 }
 
@@ -247,8 +247,8 @@ static PyMethodDef functions[] = {
 	  "_fault_fired(point, /)\n--\n\nHow often the armed point fired." },
 	{ "_fault_points", fault_points, METH_NOARGS,
 	  "_fault_points()\n--\n\nNames of all fault points." },
-	{ "_collect", collect, METH_NOARGS,
-	  "_collect()\n--\n\nLet producers' memory go that no store and no view needs any more." },
+	{ "_collect_last", collect_last, METH_NOARGS,
+	  "_collect_last()\n--\n\nLet producers' memory go that nobody needs any more; no other ever." },
 	{ "_dtype_code", dtype_code, METH_O,
 	  "_dtype_code(dtype, /)\n--\n\nDLPack (code, bits, lanes) of an element type's name." },
 	{ "_same_bytes", py_same_bytes, METH_VARARGS,

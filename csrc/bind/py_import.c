@@ -167,7 +167,8 @@ static int check_tensor(struct py_data *d, const struct om_dl_tensor *t)
 	if (d->nbytes && t->strides && out_of_reach(t, py_dtype_size(type)))
 		return refuse("strides or byte_offset reach out of memory");
 	if (om_add_overflows((uintptr_t)t->data, t->byte_offset, &first) ||
-	    om_add_overflows(first, d->nbytes, &end) || d->nbytes >= ADDRESS_SPACE)
+	    om_add_overflows(first, d->nbytes, &end) || d->nbytes >= ADDRESS_SPACE ||
+	    t->byte_offset >= ADDRESS_SPACE)
 		return refuse("its size or byte_offset reaches out of memory");
 	return 0;
 }
@@ -250,12 +251,12 @@ static int init_dlpack(struct py_data *d, PyObject *capsule, enum py_strided str
 	return read_tensor(d, &v->tensor, strided);
 }
 
-static void read_format(struct py_data *d, const Py_buffer *b)
+static void read_format(struct py_data *d, const Py_buffer *b, struct om_dl_type type)
 {
-	struct om_dl_type type;
-
 	d->desc.ndim = -1;
-	if (b->ndim > OM_MAX_NDIM || !py_dtype_of_format(b->format, b->itemsize, &type))
+	if (b->ndim > OM_MAX_NDIM)
+		return;
+	if (!type.bits && !py_dtype_of_format(b->format, b->itemsize, &type))
 		return;
 	d->desc.code = type.code;
 	d->desc.bits = type.bits;
@@ -279,15 +280,70 @@ static int settle_odd_buffer(struct py_data *d, enum py_strided strided)
 	return PyBuffer_ToContiguous(d->copy, d->buffer, d->buffer->len, 'C');
 }
 
+/* The same elements as raw bytes each; NULL, with an exception, when `o` is no array of NumPy. */
+static PyObject *view_raw(PyObject *o, PyObject *dtype, struct om_dl_type *ret)
+{
+	PyObject *name = PyObject_GetAttrString(dtype, "name"), *raw = NULL, *view = NULL;
+	PyObject *itemsize = name ? PyObject_GetAttrString(dtype, "itemsize") : NULL;
+	const char *text = itemsize && PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, NULL)
+	                                                     : NULL;
+
+	if (text) {
+		raw = PyUnicode_FromFormat("V%S", itemsize);
+		if (py_dtype_parse(text, ret)) {
+			PyErr_Clear();
+			ret->bits = 0;
+		} else if (PyLong_AsLong(itemsize) != (long)py_dtype_size(*ret)) {
+			ret->bits = 0; /* ml_dtypes keeps a byte for each int4 */
+		}
+	}
+	if (raw)
+		view = PyObject_CallMethod(o, "view", "O", raw);
+	Py_XDECREF(name);
+	Py_XDECREF(itemsize);
+	Py_XDECREF(raw);
+	return view;
+}
+
+/* The buffer of `o`. NumPy has elements that no format stands for, such as those of ml_dtypes: then
+ * *ret is what they are called, and its bits are 0 when that is no type either. */
+static int get_buffer(PyObject *o, Py_buffer *b, struct om_dl_type *ret)
+{
+	PyObject *type, *value, *trace, *dtype, *view;
+	int failed;
+
+	*ret = (struct om_dl_type){ 0 };
+	if (!PyObject_GetBuffer(o, b, PyBUF_FULL_RO))
+		return 0;
+	if (!PyErr_ExceptionMatches(PyExc_ValueError))
+		return -1;
+	PyErr_Fetch(&type, &value, &trace);
+	dtype = PyObject_GetAttrString(o, "dtype");
+	view = dtype ? view_raw(o, dtype, ret) : NULL;
+	failed = !view || PyObject_GetBuffer(view, b, PyBUF_FULL_RO);
+	Py_XDECREF(dtype);
+	Py_XDECREF(view);
+	if (failed) {
+		PyErr_Clear();
+		PyErr_Restore(type, value, trace);
+		return -1;
+	}
+	Py_XDECREF(type);
+	Py_XDECREF(value);
+	Py_XDECREF(trace);
+	return 0;
+}
+
 static int init_buffer(struct py_data *d, PyObject *o, enum py_strided strided)
 {
 	Py_buffer *b = calloc(1, sizeof(*b));
+	struct om_dl_type type;
 
 	if (!b) {
 		PyErr_NoMemory();
 		return -1;
 	}
-	if (PyObject_GetBuffer(o, b, PyBUF_FULL_RO)) {
+	if (get_buffer(o, b, &type)) {
 		free(b);
 		return -1;
 	}
@@ -295,7 +351,12 @@ static int init_buffer(struct py_data *d, PyObject *o, enum py_strided strided)
 	d->data = b->buf;
 	d->nbytes = (uint64_t)b->len;
 	d->readonly = b->readonly;
-	read_format(d, b);
+	if (b->format && !strcmp(b->format, "O")) {
+		PyErr_SetString(PyExc_ValueError, "the data are Python objects: their bytes mean "
+		                                  "nothing but to this process");
+		return -1;
+	}
+	read_format(d, b, type);
 	if (!b->len || PyBuffer_IsContiguous(b, 'C'))
 		return 0;
 	if (b->suboffsets || b->ndim > OM_MAX_NDIM)

@@ -381,14 +381,14 @@ void om_foreign_collect(void)
 {
 	struct om_foreign *f;
 
-	if (om_likely(!__atomic_load_n(&graveyard, __ATOMIC_RELAXED)))
-		return;
-	f = __atomic_exchange_n(&graveyard, NULL, __ATOMIC_ACQUIRE);
-	while (f) {
-		struct om_foreign *next = f->next;
+	while (om_unlikely(__atomic_load_n(&graveyard, __ATOMIC_RELAXED))) {
+		f = __atomic_exchange_n(&graveyard, NULL, __ATOMIC_ACQUIRE);
+		while (f) {
+			struct om_foreign *next = f->next;
 
-		f->release(f->context);
-		om_free(f);
-		f = next;
+			f->release(f->context); /* may bring others here */
+			om_free(f);
+			f = next;
+		}
 	}
 }
