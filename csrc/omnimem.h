@@ -453,7 +453,8 @@ int om_pressure_trend(struct om_pressure *p);
 
 /* ---- codec ---- */
 
-/* How bytes are encoded, losslessly: FAST is a fixed-rate code of exponents, BALANCED a dense one. */
+/* How bytes are encoded, losslessly: FAST is a fixed-rate code of exponents, BALANCED a dense one; NONE
+ * keeps them as they are, with the same header and checksum. */
 enum om_coding { OM_CODING_NONE, OM_CODING_FAST, OM_CODING_BALANCED };
 
 #define OM_CODED_PART UINT64_C(262144) /* plain bytes that are encoded on their own */
@@ -463,17 +464,19 @@ uint64_t om_encode_bound(uint64_t nbytes);
 /* Encode `nbytes` of elements like `desc` into `ret` (`room` bytes, at least om_encode_bound). Where `desc` is
  * NULL, unknown, of no type that the codec has or not worth it, a sample of each part decides what its bytes
  * are taken for. *ret_bytes: how long the result is; 0: less than 5 % would be saved, which a sample
- * tells in most cases, and nothing in `ret` is of use. The result depends on the bytes, `desc` and `coding`
- * alone, not on the processor. OM_EVALUE: no such coding, too little room. */
+ * tells in most cases, and nothing in `ret` is of use; never with NONE. The result, a frame, depends on the
+ * bytes, `desc` and `coding` alone, not on the processor. Frames may follow each other without a gap.
+ * OM_EVALUE: no such coding, too little room. */
 int om_encode(const void *data, uint64_t nbytes, const struct om_desc *desc, enum om_coding coding,
               void *ret, uint64_t room, uint64_t *ret_bytes);
-/* What om_encode made: *ret_nbytes plain bytes, and how. OM_ECORRUPT: not made by it or by another version
- * of it, or damaged in what comes before the parts. */
+/* What om_encode made, a frame or several end to end: *ret_nbytes plain bytes in all, and how (the densest
+ * of their codings). OM_ECORRUPT: not made by it or by another version of it, or damaged in what comes before
+ * the parts, or followed by other bytes. */
 int om_coded_info(const void *coded, uint64_t coded_bytes, uint64_t *ret_nbytes,
                   enum om_coding *ret_coding);
-/* Decode all of it into `ret`, `nbytes` long, and compare the checksum of the plain bytes. OM_ECORRUPT for
- * whatever om_encode did not make, or not of `nbytes`; `ret` then has any bytes. Reads and writes
- * nothing out of bounds, whatever the input (which nobody may change meanwhile). */
+/* Decode all of it, a frame or several, into `ret`, `nbytes` long, and compare the checksums of the plain
+ * bytes. OM_ECORRUPT for whatever om_encode did not make, or not of `nbytes`; `ret` then has any bytes. Reads
+ * and writes nothing out of bounds, whatever the input (which nobody may change meanwhile). */
 int om_decode(const void *coded, uint64_t coded_bytes, void *ret, uint64_t nbytes);
 
 /* For tests and benchmarks: by which instructions the process codes from now on. False: this processor
@@ -481,10 +484,10 @@ int om_decode(const void *coded, uint64_t coded_bytes, void *ret, uint64_t nbyte
 enum om_codec_path { OM_PATH_AUTO, OM_PATH_PLAIN, OM_PATH_AVX2, OM_PATH_AVX512 };
 bool om_codec_use(enum om_codec_path path);
 
-/* The same in three steps, so that several threads can decode one block. */
+/* The same in three steps, for one frame, so that several threads can decode it. */
 struct om_coded {
 	const uint8_t *data; /* the caller's; it must outlive this */
-	uint64_t bytes;
+	uint64_t bytes;      /* of the frame */
 	uint64_t nbytes,
 		parts; /* plain bytes; parts of OM_CODED_PART of them, the last one shorter */
 	uint64_t hash; /* XXH3-64 of the plain bytes */
@@ -493,7 +496,8 @@ struct om_coded {
 	 * device reads next; om_coded_open chooses by size, and the caller may choose otherwise. */
 	bool stream;
 };
-/* Prove the header and the table of parts. Nothing to free. */
+/* Prove the header and the table of parts. Other bytes, the next frame's, may follow the frame's own
+ * (`bytes`) among `coded_bytes`. Nothing to free. */
 int om_coded_open(const void *coded, uint64_t coded_bytes, struct om_coded *ret);
 /* Decode `count` parts from `first` on into their places in `ret`, which has room for all of `nbytes`. Any
  * thread, any order; a few parts at a time, since each call of a BALANCED one allocates. The checksum is not

@@ -402,7 +402,10 @@ int om_store_encode(struct om_store *s, const char *name, enum om_coding coding,
 	*ret_bytes = 0;
 	if (code)
 		return code;
-	code = om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
+	if (coding == OM_CODING_NONE)
+		code = om_err(OM_EVALUE, "block '%s': coding 0 would keep its bytes twice",
+		              b->name);
+	code = code ? code : om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
 	if (code)
 		return om_store_leave_block(s, b, code);
 	if (b->body->writer || b->body->touched)

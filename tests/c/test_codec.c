@@ -294,6 +294,91 @@ static void test_sample_is_wrong(void)
 	free(data);
 }
 
+/* What is stored as it is: of any size, in just the room that om_encode_bound tells. */
+static void test_stored(void)
+{
+	static const size_t sizes[] = { 0, 1, 63, 64, 65, 1000, PART, PART + 1, 2 * PART + 77 };
+
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+		size_t nbytes = sizes[i], room = om_encode_bound(nbytes);
+		uint8_t *data = bytes_of(nbytes), *coded = bytes_of(room), *back = bytes_of(nbytes);
+		uint64_t bytes, told;
+		enum om_coding how = OM_CODING_FAST;
+
+		noise(data, nbytes);
+		memset(coded, 0xa5, room);
+		CHECK_EQ(om_encode(data, nbytes, &descs[BF16], OM_CODING_NONE, coded, room, &bytes),
+		         0);
+		CHECK_EQ(bytes, room);
+		CHECK_EQ(om_coded_info(coded, bytes, &told, &how), 0);
+		CHECK_EQ(told, nbytes);
+		CHECK_EQ(how, OM_CODING_NONE);
+		CHECK_EQ(om_decode(coded, bytes, back, nbytes), 0);
+		CHECK(!memcmp(back, data, nbytes));
+		check_parts(coded, bytes, data, nbytes);
+		CHECK_EQ(om_encode(data, nbytes, NULL, OM_CODING_NONE, coded, room - 1, &bytes),
+		         OM_EVALUE);
+		if (nbytes) {
+			back[nbytes - 1] ^= 1;
+			coded[om_encode_bound(nbytes) - om_up(nbytes, 64)] ^= 1;
+			CHECK_EQ(om_decode(coded, room, back, nbytes), OM_ECORRUPT);
+		}
+		free(back);
+		free(coded);
+		free(data);
+	}
+}
+
+/* Frames end to end, of each coding and one of nothing: told and decoded together or one by one. */
+static void test_frames(void)
+{
+	static const size_t sizes[] = { PART + 6, 0, 2 * PART, 100 };
+	static const enum om_coding codings[] = { OM_CODING_FAST, OM_CODING_NONE,
+		                                  OM_CODING_BALANCED, OM_CODING_NONE };
+	size_t nbytes = 3 * PART + 106, room = om_encode_bound(nbytes) + 4 * 128, at = 0, plain = 0;
+	uint8_t *data = bytes_of(nbytes), *coded = bytes_of(room), *back = bytes_of(nbytes);
+	uint64_t ends[4], told, bytes;
+	enum om_coding how;
+	struct om_coded c;
+
+	weights(BF16, data, nbytes);
+	for (size_t i = 0; i < 4; plain += sizes[i++]) {
+		CHECK_EQ(om_encode(data + plain, sizes[i], &descs[BF16], codings[i], coded + at,
+		                   om_encode_bound(sizes[i]), &bytes),
+		         0);
+		CHECK(bytes);
+		ends[i] = at += bytes;
+	}
+	CHECK_EQ(om_coded_info(coded, at, &told, &how), 0);
+	CHECK_EQ(told, nbytes);
+	CHECK_EQ(how, OM_CODING_BALANCED);
+	CHECK_EQ(om_decode(coded, at, back, nbytes), 0);
+	CHECK(!memcmp(back, data, nbytes));
+	CHECK_EQ(om_decode(coded, at, back, nbytes - 1), OM_ECORRUPT);
+	CHECK_EQ(om_decode(coded, ends[2], back, nbytes), OM_ECORRUPT);
+	for (size_t i = 0; i < 4; i++) {
+		CHECK_EQ(om_coded_open(coded + ends[i] - (i ? ends[i] - ends[i - 1] : ends[0]),
+		                       at - (i ? ends[i - 1] : 0), &c),
+		         0);
+		CHECK_EQ(c.nbytes, sizes[i]);
+		CHECK_EQ(c.bytes, ends[i] - (i ? ends[i - 1] : 0));
+	}
+	/* other bytes behind, and a frame cut off */
+	memset(coded + at, 0, 64);
+	CHECK_EQ(om_coded_open(coded, at + 64, &c), 0);
+	CHECK_EQ(c.bytes, ends[0]);
+	for (uint64_t more = 1; more <= 64; more += 63) {
+		CHECK_EQ(om_coded_info(coded, at + more, &told, &how), OM_ECORRUPT);
+		CHECK_EQ(om_decode(coded, at + more, back, nbytes), OM_ECORRUPT);
+		CHECK_EQ(om_coded_info(coded, at - more, &told, &how), OM_ECORRUPT);
+		CHECK_EQ(om_decode(coded, at - more, back, nbytes), OM_ECORRUPT);
+		CHECK_EQ(om_coded_open(coded, ends[0] - more, &c), OM_ECORRUPT);
+	}
+	free(back);
+	free(coded);
+	free(data);
+}
+
 static void test_refused(void)
 {
 	size_t nbytes = PART;
@@ -302,7 +387,7 @@ static void test_refused(void)
 	enum om_coding how;
 
 	weights(BF16, data, nbytes);
-	CHECK_EQ(om_encode(data, nbytes, NULL, OM_CODING_NONE, coded, room, &bytes), OM_EVALUE);
+	CHECK_EQ(om_encode(data, nbytes, NULL, -1, coded, room, &bytes), OM_EVALUE);
 	CHECK_EQ(bytes, 0);
 	CHECK_EQ(om_encode(data, nbytes, NULL, 3, coded, room, &bytes), OM_EVALUE);
 	CHECK_EQ(om_encode(data, nbytes, NULL, OM_CODING_FAST, coded, room - 1, &bytes), OM_EVALUE);
@@ -544,6 +629,8 @@ int main(void)
 	test_patterns();
 	test_special();
 	test_sample_is_wrong();
+	test_stored();
+	test_frames();
 	test_refused();
 	test_no_memory();
 	test_damage();
