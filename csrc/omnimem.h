@@ -505,6 +505,8 @@ int om_coded_open(const void *coded, uint64_t coded_bytes, struct om_coded *ret)
 int om_coded_part(const struct om_coded *c, uint64_t first, uint64_t count, void *ret);
 /* Compare the checksum of all the plain bytes. */
 int om_coded_check(const struct om_coded *c, const void *ret);
+/* Decode it, a few parts at a time, and compare with `data`, `nbytes` long. OM_ECORRUPT: it differs. */
+int om_coded_compare(const struct om_coded *c, const void *data);
 
 /* Encode a block's bytes (bringing them to HOST), and keep the form in HOST: it is decoded when the bytes
  * are needed next, and what is in HOST plain may go for nothing. *ret_bytes: of the form; 0: it would hardly

@@ -354,6 +354,29 @@ int om_coded_check(const struct om_coded *c, const void *ret)
 	              hash, c->hash);
 }
 
+#define FEW_PARTS 4u /* decoded at a time where the result is only looked at */
+
+int om_coded_compare(const struct om_coded *c, const void *data)
+{
+	uint64_t step = FEW_PARTS * OM_CODED_PART;
+	uint8_t *room = om_alloc(1, OM_MIN(step, c->nbytes));
+	int code = room || !c->nbytes ? 0 : -ENOMEM;
+
+	for (uint64_t at = 0; !code && at < c->nbytes; at += step) {
+		uint64_t n = OM_MIN(step, c->nbytes - at), first = at / OM_CODED_PART;
+
+		/* om_coded_part counts places from the first part's on */
+		code = om_coded_part(c, first, parts_of(n), (void *)((uintptr_t)room - at));
+		if (!code && memcmp(room, (const uint8_t *)data + at, n))
+			code = om_err(OM_ECORRUPT,
+			              "encoded bytes: among the %" PRIu64 " from %" PRIu64
+			              " on, others are decoded than were encoded",
+			              n, at);
+	}
+	om_free(room);
+	return code;
+}
+
 int om_coded_info(const void *coded, uint64_t coded_bytes, uint64_t *ret_nbytes,
                   enum om_coding *ret_coding)
 {

@@ -296,26 +296,6 @@ static void free_loose_locked(struct om_store *s, struct om_extent *mem)
 	om_pool_free(&s->pool, mem);
 }
 
-/* Decode the form and compare it with the bytes that it was made of, a part at a time. */
-static int compare_form(const struct om_block *b, const struct om_coded *coded)
-{
-	uint8_t *part = om_alloc(1, OM_CODED_PART);
-	int code = part ? 0 : -ENOMEM;
-
-	for (uint64_t i = 0; !code && i < coded->parts; i++) {
-		uint64_t at = i * OM_CODED_PART, n = OM_MIN(OM_CODED_PART, b->nbytes - at);
-
-		code = om_coded_part(coded, i, 1, (uint8_t *)((uintptr_t)part - at));
-		if (!code && memcmp(part, b->body->data + at, n))
-			code = om_err(OM_ECORRUPT,
-			              "block '%s': what its bytes were encoded to decodes "
-			              "to others; it stays as it is",
-			              b->name);
-	}
-	om_free(part);
-	return code;
-}
-
 /* No lock. *ret_bytes 0: not worth it. */
 static int encode(const struct om_block *b, enum om_coding coding, struct om_extent mem,
                   struct om_coded *ret)
@@ -326,7 +306,13 @@ static int encode(const struct om_block *b, enum om_coding coding, struct om_ext
 	if (code || !ret->bytes)
 		return code;
 	code = om_coded_open(mem.ptr, ret->bytes, ret);
-	return code ? code : compare_form(b, ret);
+	code = code ? code : om_coded_compare(ret, b->body->data);
+	if (code != OM_ECORRUPT)
+		return code;
+	return om_err(
+		code,
+		"block '%s': what its bytes were encoded to decodes to others; it stays as it is",
+		b->name);
 }
 
 /* The form in `scratch` becomes the block's, in memory of just its size. */

@@ -304,6 +304,7 @@ static void test_stored(void)
 		uint8_t *data = bytes_of(nbytes), *coded = bytes_of(room), *back = bytes_of(nbytes);
 		uint64_t bytes, told;
 		enum om_coding how = OM_CODING_FAST;
+		struct om_coded c;
 
 		noise(data, nbytes);
 		memset(coded, 0xa5, room);
@@ -318,8 +319,11 @@ static void test_stored(void)
 		check_parts(coded, bytes, data, nbytes);
 		CHECK_EQ(om_encode(data, nbytes, NULL, OM_CODING_NONE, coded, room - 1, &bytes),
 		         OM_EVALUE);
+		CHECK_EQ(om_coded_open(coded, room, &c), 0);
+		CHECK_EQ(om_coded_compare(&c, data), 0);
 		if (nbytes) {
 			back[nbytes - 1] ^= 1;
+			CHECK_EQ(om_coded_compare(&c, back), OM_ECORRUPT);
 			coded[om_encode_bound(nbytes) - om_up(nbytes, 64)] ^= 1;
 			CHECK_EQ(om_decode(coded, room, back, nbytes), OM_ECORRUPT);
 		}
@@ -356,11 +360,14 @@ static void test_frames(void)
 	CHECK(!memcmp(back, data, nbytes));
 	CHECK_EQ(om_decode(coded, at, back, nbytes - 1), OM_ECORRUPT);
 	CHECK_EQ(om_decode(coded, ends[2], back, nbytes), OM_ECORRUPT);
+	plain = 0;
 	for (size_t i = 0; i < 4; i++) {
 		CHECK_EQ(om_coded_open(coded + ends[i] - (i ? ends[i] - ends[i - 1] : ends[0]),
 		                       at - (i ? ends[i - 1] : 0), &c),
 		         0);
 		CHECK_EQ(c.nbytes, sizes[i]);
+		CHECK_EQ(om_coded_compare(&c, data + plain), 0);
+		plain += sizes[i];
 		CHECK_EQ(c.bytes, ends[i] - (i ? ends[i - 1] : 0));
 	}
 	/* other bytes behind, and a frame cut off */
