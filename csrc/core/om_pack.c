@@ -19,7 +19,7 @@ void om_pack_drop_locked(struct om_store *s, struct om_block *b)
 
 	if (!inner)
 		return;
-	inner->named = false;
+	om_block_lose_name(inner);
 	om_fetch_cancel_locked(s, inner);
 	om_store_reap_locked(s, inner);
 	om_block_unref(inner);
