@@ -178,10 +178,13 @@ struct om_file_range {
 	const char *path;
 	uint64_t offset, nbytes;
 };
+#define OM_NOT_ENCODED UINT64_MAX
 /* The block's bytes are these ranges, in order; read in place, on demand. The files are opened and
- * their identity is taken now. */
+ * their identity is taken now. `decoded_bytes`: OM_NOT_ENCODED, or the ranges hold what om_encode
+ * made, once or several times, end to end, and decode to so many bytes. */
 int om_store_add_file(struct om_store *s, const char *name, const char *group,
-                      const struct om_file_range *ranges, size_t count, const struct om_desc *desc);
+                      const struct om_file_range *ranges, size_t count, uint64_t decoded_bytes,
+                      const struct om_desc *desc);
 /* The name is free now; the bytes go with the last lease. OM_ENAME when unknown. */
 int om_store_remove(struct om_store *s, const char *name);
 /* 1: no longer in HOST; 0: leased, still there; negative: error (the bytes are still in HOST). */
@@ -192,7 +195,7 @@ bool om_store_contains(struct om_store *s, const char *name);
 int om_store_names(struct om_store *s, const char *group, char ***ret, size_t *ret_count);
 void om_names_free(char **names, size_t count);
 
-enum om_tier_bit { OM_TIER_HOST = 1, OM_TIER_DISK = 2 };
+enum om_tier_bit { OM_TIER_HOST = 1, OM_TIER_DISK = 2, OM_TIER_PACKED = 4 };
 struct om_info {
 	uint64_t nbytes;
 	unsigned tiers; /* enum om_tier_bit: VALID copies */
@@ -214,6 +217,7 @@ struct om_tier_stats {
 };
 struct om_stats {
 	struct om_tier_stats host, disk;
+	uint64_t packed_bytes;   /* of host.used_bytes, those of encoded forms */
 	uint64_t exported_bytes; /* of blocks with a live view (buffer, DLPack) */
 	uint64_t blocks, leases;
 	/* leases that found the bytes in HOST, or did not; asked for again after OM_EBUSY: counted once */
@@ -388,24 +392,34 @@ void om_ticket_free(struct om_ticket *t); /* does not cancel */
 
 /* ---- streams ---- */
 
+enum om_keep { /* what of a unit's block is in HOST all the time */
+	       OM_KEEP_NOTHING,
+	       OM_KEEP_PLAIN,
+	       OM_KEEP_FAST, /* its bytes encoded (enum om_coding), decoded while the unit is in use; nothing where
+	               * that would hardly be smaller */
+	       OM_KEEP_BALANCED,
+};
 struct om_stream_unit {
 	const char *name;
 	const char *const *blocks; /* names, all in the stream's group */
-	const bool *resident;      /* per block: always in HOST */
+	const uint8_t *keep;       /* per block: enum om_keep */
 	size_t count;
 };
 struct om_stream_stats {
-	uint64_t enters, hits; /* of units with streamed blocks: entered, bytes were there */
-	uint64_t stall_ns;     /* waited in enter */
-	uint64_t read_bytes;   /* of this stream's fills, supersets included */
-	uint64_t mispredicted; /* enters that the recorded order did not foretell */
+	uint64_t enters, hits;  /* of units with streamed blocks: entered, bytes were there */
+	uint64_t packed_bytes;  /* of forms that are kept */
+	uint64_t decoded_bytes; /* plain bytes that were decoded */
+	uint64_t stall_ns;      /* waited in enter */
+	uint64_t read_bytes;    /* of this stream's fills, supersets included */
+	uint64_t mispredicted;  /* enters that the recorded order did not foretell */
 };
 
 /* Units are numbered by their place in `units`. Their order is the first prediction; the recorded
  * order replaces it as units are entered. `group` must hold the blocks. */
 int om_stream_create(struct om_store *s, const char *group, const struct om_stream_unit *units,
                      size_t count, struct om_stream **ret);
-/* Lease the resident blocks (reading them). Call again after OM_EBUSY to go on. */
+/* Lease the resident blocks (reading them), encode what is kept encoded. Call again after OM_EBUSY to go
+ * on. */
 int om_stream_load(struct om_stream *st, uint64_t deadline_ns);
 /* A thread begins to use a unit: its streamed blocks are leased all or none, then the next
  * units of the order are fetched into what room the ring has. *ret_bind: the caller is the first,
@@ -417,7 +431,7 @@ void om_stream_bound(struct om_stream *st, size_t unit, bool ok);
  * call om_stream_unbound, which lets the bytes go. */
 int om_stream_leave(struct om_stream *st, size_t unit, bool *ret_unbind);
 void om_stream_unbound(struct om_stream *st, size_t unit);
-/* The lease of a unit's block: resident ones always (after load), streamed ones while entered.
+/* The lease of a unit's block: those kept plain always (after load), others while entered.
  * Borrowed; NULL when there is none. */
 struct om_lease *om_stream_lease(struct om_stream *st, size_t unit, size_t block);
 int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret);
@@ -477,6 +491,58 @@ void om_pressure_get(struct om_pressure *p, double ret_thresholds[3]);
 enum om_level om_pressure_feed(struct om_pressure *p, double usage);
 /* 1 rising, -1 falling, 0 neither: by the line through the shares of the last minute. */
 int om_pressure_trend(struct om_pressure *p);
+
+/* ---- codec ---- */
+
+/* How bytes are encoded, losslessly: FAST is a fixed-rate code of exponents, BALANCED a dense one. */
+enum om_coding { OM_CODING_NONE, OM_CODING_FAST, OM_CODING_BALANCED };
+
+#define OM_CODED_PART UINT64_C(262144) /* plain bytes that are encoded on their own */
+
+/* Room that om_encode needs for `nbytes`. */
+uint64_t om_encode_bound(uint64_t nbytes);
+/* Encode `nbytes` of elements like `desc` into `ret` (`room` bytes, at least om_encode_bound). Where `desc` is
+ * NULL, of no type that the codec knows or not worth it, a sample of each part decides what its bytes
+ * are taken for. *ret_bytes: how long the result is; 0: less than 5 % would be saved, which a sample
+ * tells in most cases, and nothing in `ret` is of use. The result depends on the bytes, `desc` and `coding`
+ * alone, not on the processor. OM_EVALUE: no such coding, too little room. */
+int om_encode(const void *data, uint64_t nbytes, const struct om_desc *desc, enum om_coding coding,
+              void *ret, uint64_t room, uint64_t *ret_bytes);
+/* What om_encode made: *ret_nbytes plain bytes, and how. OM_ECORRUPT: not made by it or by another version
+ * of it, or damaged in what comes before the parts. */
+int om_coded_info(const void *coded, uint64_t coded_bytes, uint64_t *ret_nbytes,
+                  enum om_coding *ret_coding);
+/* Decode all of it into `ret`, `nbytes` long, and compare the checksum of the plain bytes. OM_ECORRUPT for
+ * whatever om_encode did not make, or not of `nbytes`; `ret` then has any bytes. Reads and writes
+ * nothing out of bounds, whatever the input (which nobody may change meanwhile). */
+int om_decode(const void *coded, uint64_t coded_bytes, void *ret, uint64_t nbytes);
+
+/* The same in three steps, so that several threads can decode one block. */
+struct om_coded {
+	const uint8_t *data; /* the caller's; it must outlive this */
+	uint64_t bytes;
+	uint64_t nbytes,
+		parts; /* plain bytes; parts of OM_CODED_PART of them, the last one shorter */
+	uint64_t hash; /* XXH3-64 of the plain bytes */
+	enum om_coding coding;
+	/* Write past the caches where `ret` is aligned to 64. Right for what is larger than they are or what a
+	 * device reads next; om_coded_open chooses by size, and the caller may choose otherwise. */
+	bool stream;
+};
+/* Prove the header and the table of parts. Nothing to free. */
+int om_coded_open(const void *coded, uint64_t coded_bytes, struct om_coded *ret);
+/* Decode `count` parts from `first` on into their places in `ret`, which has room for all of `nbytes`. Any
+ * thread, any order; a few parts at a time, since each call of a BALANCED one allocates. The checksum is not
+ * looked at. */
+int om_coded_part(const struct om_coded *c, uint64_t first, uint64_t count, void *ret);
+/* Compare the checksum of all the plain bytes. */
+int om_coded_check(const struct om_coded *c, const void *ret);
+
+/* Encode a block's bytes (bringing them to HOST), and keep the form in HOST: it is decoded when the bytes
+ * are needed next, and what is in HOST plain may go for nothing. *ret_bytes: of the form; 0: it would hardly
+ * be smaller, the block stays as it is. */
+int om_store_encode(struct om_store *s, const char *name, enum om_coding coding,
+                    uint64_t deadline_ns, uint64_t *ret_bytes);
 
 /* ---- simulation ---- */
 

@@ -224,14 +224,15 @@ int py_desc_read(PyObject *dtype, PyObject *shape, uint64_t total, struct om_des
 PyObject *py_store_add_file(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
                             PyObject *kwnames)
 {
-	static const char *const names[] = { "name",  "extents", "offset", "nbytes",
-		                             "dtype", "shape",   "group",  NULL };
-	PyObject *a[7] = { NULL }, *result = NULL;
+	static const char *const names[] = { "name",   "extents",        "offset",
+		                             "nbytes", "dtype",          "shape",
+		                             "group",  "decoded_nbytes", NULL };
+	PyObject *a[8] = { NULL }, *result = NULL;
 	struct py_core *core = py_store_core(self);
 	struct file_list files = { 0 };
 	struct om_desc desc = { 0 };
 	const char *name, *group;
-	uint64_t total;
+	uint64_t total, decoded = OM_NOT_ENCODED;
 	int code;
 
 	if (!core || py_args("add_file", args, nargs, kwnames, names, 2, 4, a))
@@ -239,12 +240,70 @@ PyObject *py_store_add_file(PyObject *self, PyObject *const *args, Py_ssize_t na
 	name = py_text(a[0], "name");
 	if (!name || py_text_or_null(a[6], "group", &group) ||
 	    read_files(&files, a[1], a[2], a[3]) || total_bytes(&files, &total) ||
-	    py_desc_read(a[4], a[5], total, &desc))
+	    (a[7] && a[7] != Py_None && py_size(a[7], "decoded_nbytes", &decoded)) ||
+	    py_desc_read(a[4], a[5], decoded == OM_NOT_ENCODED ? total : decoded, &desc))
 		goto out;
 	Py_BEGIN_ALLOW_THREADS code =
-		om_store_add_file(core->s, name, group, files.ranges, files.count, &desc);
+		om_store_add_file(core->s, name, group, files.ranges, files.count, decoded, &desc);
 	Py_END_ALLOW_THREADS result = py_done(code);
 out:
 	free_files(&files);
 	return result;
+}
+
+/* ---- encode ---- */
+
+struct encode_call {
+	struct om_store *s;
+	const char *name;
+	enum om_coding coding;
+	uint64_t bytes;
+};
+
+static int call_encode(void *arg, uint64_t deadline_ns)
+{
+	struct encode_call *c = arg;
+
+	return om_store_encode(c->s, c->name, c->coding, deadline_ns, &c->bytes);
+}
+
+int py_coding_read(PyObject *o, enum om_coding *ret)
+{
+	static const char *const names[] = {
+		[OM_CODING_FAST] = "fast", [OM_CODING_BALANCED] = "balanced"
+	};
+	const char *text = py_text(o, "coding");
+
+	for (int i = OM_CODING_FAST; text && i <= OM_CODING_BALANCED; i++)
+		if (!strcmp(text, names[i])) {
+			*ret = (enum om_coding)i;
+			return 0;
+		}
+	if (text)
+		PyErr_Format(PyExc_ValueError, "coding is 'fast' or 'balanced', not '%s'", text);
+	return -1;
+}
+
+PyObject *py_store_encode(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                          PyObject *kwnames)
+{
+	static const char *const names[] = { "name", "coding", "timeout", NULL };
+	struct py_core *core = py_store_core(self);
+	struct encode_call c = { .coding = OM_CODING_FAST };
+	PyObject *a[3] = { NULL };
+	uint64_t deadline_ns;
+	int code;
+
+	if (!core || py_args("encode", args, nargs, kwnames, names, 1, 3, a) ||
+	    (a[1] && py_coding_read(a[1], &c.coding)) || py_deadline(a[2], &deadline_ns))
+		return NULL;
+	c.s = core->s;
+	c.name = py_text(a[0], "name");
+	if (!c.name)
+		return NULL;
+	code = py_wait(call_encode, &c, deadline_ns);
+	py_collect();
+	if (code)
+		return code == PY_RAISED ? NULL : py_raise(code);
+	return PyLong_FromUnsignedLongLong(c.bytes);
 }

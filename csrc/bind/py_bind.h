@@ -120,10 +120,13 @@ struct py_data {
 int py_data_init(struct py_data *d, PyObject *o, bool may_copy);
 void py_data_fini(struct py_data *d);
 
-/* Store.add, Store.take, Store.add_file (py_add.c). */
+/* Store.add, Store.take, Store.add_file, Store.encode (py_add.c). */
 PyObject *py_store_add(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_store_take(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_store_add_file(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *py_store_encode(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+/* "fast" or "balanced"; -1 with an exception set. */
+int py_coding_read(PyObject *o, enum om_coding *ret);
 
 /* Blocks by reference (py_block.c). */
 PyObject *py_store_block(PyObject *, PyObject *);

@@ -357,12 +357,18 @@ static PyObject *store_check(PyObject *self, PyObject *Py_UNUSED(unused))
 static PyObject *info_tuple(const struct om_info *i)
 {
 	PyObject *dtype = NULL, *shape = NULL, *tiers, *origin;
-	bool host = i->tiers & OM_TIER_HOST, disk = i->tiers & OM_TIER_DISK;
+	static const char *const names[] = { "host", "packed", "disk" };
+	static const unsigned bits[] = { OM_TIER_HOST, OM_TIER_PACKED, OM_TIER_DISK };
+	const char *in[3];
+	size_t n = 0;
 
-	tiers = host && disk ? Py_BuildValue("(ss)", "host", "disk")
-	        : host       ? Py_BuildValue("(s)", "host")
-	        : disk       ? Py_BuildValue("(s)", "disk")
-	                     : PyTuple_New(0);
+	for (size_t k = 0; k < 3; k++)
+		if (i->tiers & bits[k])
+			in[n++] = names[k];
+	tiers = n == 3   ? Py_BuildValue("(sss)", in[0], in[1], in[2])
+	        : n == 2 ? Py_BuildValue("(ss)", in[0], in[1])
+	        : n == 1 ? Py_BuildValue("(s)", in[0])
+	                 : PyTuple_New(0);
 	origin = i->has_origin ? PyUnicode_DecodeFSDefault(i->origin) : Py_NewRef(Py_None);
 	if (i->desc.ndim >= 0) {
 		dtype = py_dtype_name(py_desc_type(&i->desc));
@@ -417,6 +423,7 @@ static PyObject *stats_dict(const struct om_stats *s)
 		uint64_t value;
 	} counters[] = {
 		{ "exported_bytes", s->exported_bytes },
+		{ "packed_bytes", s->packed_bytes },
 		{ "blocks", s->blocks },
 		{ "leases", s->leases },
 		{ "hits", s->hits },
@@ -475,8 +482,10 @@ PyDoc_STRVAR(add_doc, "add($self, name, data, group=None, timeout=30.0)\n--\n\n"
 PyDoc_STRVAR(take_doc, "take($self, name, data, group=None, timeout=30.0)\n--\n\n"
                        "Keep the memory of `data` (DLPack or buffer) as the block's bytes.");
 PyDoc_STRVAR(add_file_doc, "add_file($self, name, extents, offset=None, nbytes=None, *, "
-                           "dtype=None, shape=None, group=None)\n--\n\n"
+                           "dtype=None, shape=None, group=None, decoded_nbytes=None)\n--\n\n"
                            "The block's bytes are ranges of files, read in place on demand.");
+PyDoc_STRVAR(encode_doc, "encode($self, name, coding='fast', timeout=30.0)\n--\n\n"
+                         "Keep a lossless encoding of the block's bytes in memory.");
 PyDoc_STRVAR(lease_doc, "lease($self, name, write=False, timeout=30.0)\n--\n\n"
                         "Bring the bytes into memory and hold them.");
 PyDoc_STRVAR(prefetch_doc, "prefetch($self, names)\n--\n\nStart bringing blocks into memory.");
@@ -510,6 +519,7 @@ static PyMethodDef store_methods[] = {
 	{ "add", PY_FAST(py_store_add), PY_FAST_FLAGS, add_doc },
 	{ "take", PY_FAST(py_store_take), PY_FAST_FLAGS, take_doc },
 	{ "add_file", PY_FAST(py_store_add_file), PY_FAST_FLAGS, add_file_doc },
+	{ "encode", PY_FAST(py_store_encode), PY_FAST_FLAGS, encode_doc },
 	{ "lease", PY_FAST(store_lease), PY_FAST_FLAGS, lease_doc },
 	{ "prefetch", PY_FAST(py_store_prefetch), PY_FAST_FLAGS, prefetch_doc },
 	{ "evict", PY_FAST(store_evict), PY_FAST_FLAGS, evict_doc },

@@ -21,7 +21,7 @@ struct window {
 
 struct unit {
 	size_t blocks;
-	bool *resident;   /* a block */
+	uint8_t *keep;    /* a block: enum om_keep */
 	uint64_t *nbytes; /* a block */
 	size_t windows;
 	struct window *window;
@@ -49,7 +49,7 @@ static void free_units(struct unit *units, size_t count)
 {
 	for (size_t i = 0; units && i < count; i++) {
 		clear_windows(&units[i]);
-		free(units[i].resident);
+		free(units[i].keep);
 		free(units[i].nbytes);
 	}
 	free(units);
@@ -64,23 +64,30 @@ static int read_blocks(struct py_core *core, PyObject *tuple, struct unit *u, co
 
 	for (size_t i = 0; i < u->blocks; i++) {
 		PyObject *pair = PyTuple_GetItem(tuple, (Py_ssize_t)i);
-		int resident, code;
+		uint64_t keep;
+		int code;
 
 		if (!PyTuple_Check(pair) || PyTuple_Size(pair) != 2) {
 			PyErr_SetString(PyExc_TypeError,
-			                "a unit's block is a tuple (name, resident)");
+			                "a unit's block is a tuple (name, what is kept)");
 			return -1;
 		}
 		names[i] = py_text(PyTuple_GetItem(pair, 0), "a block's name");
-		resident = PyObject_IsTrue(PyTuple_GetItem(pair, 1));
-		if (!names[i] || resident < 0)
+		if (!names[i] || py_size(PyTuple_GetItem(pair, 1), "what is kept", &keep))
 			return -1;
+		if (keep > OM_KEEP_BALANCED) {
+			PyErr_Format(PyExc_ValueError,
+			             "block '%s': what is kept is 0 (nothing), 1 (plain), 2 (fast) "
+			             "or 3 (balanced), not %llu",
+			             names[i], (unsigned long long)keep);
+			return -1;
+		}
 		code = om_store_info(core->s, names[i], &info);
 		if (code) {
 			py_raise(code);
 			return -1;
 		}
-		u->resident[i] = resident;
+		u->keep[i] = (uint8_t)keep;
 		u->nbytes[i] = info.nbytes;
 	}
 	return 0;
@@ -94,7 +101,7 @@ static int read_unit(struct py_core *core, PyObject *o, struct unit *u, struct o
 
 	if (!PyTuple_Check(o) || PyTuple_Size(o) != 2) {
 		PyErr_SetString(PyExc_TypeError,
-		                "a unit is a tuple (name, [(block, resident), ...])");
+		                "a unit is a tuple (name, [(block, what is kept), ...])");
 		return -1;
 	}
 	su->name = py_text(PyTuple_GetItem(o, 0), "a unit's name");
@@ -102,13 +109,13 @@ static int read_unit(struct py_core *core, PyObject *o, struct unit *u, struct o
 	if (!*ret_keep)
 		return -1;
 	u->blocks = (size_t)PyTuple_Size(*ret_keep);
-	u->resident = calloc(u->blocks + 1, sizeof(*u->resident));
+	u->keep = calloc(u->blocks + 1, sizeof(*u->keep));
 	u->nbytes = calloc(u->blocks + 1, sizeof(*u->nbytes));
 	names = calloc(u->blocks + 1, sizeof(*names));
 	su->blocks = names;
-	su->resident = u->resident;
+	su->keep = u->keep;
 	su->count = u->blocks;
-	if (!u->resident || !u->nbytes || !names) {
+	if (!u->keep || !u->nbytes || !names) {
 		PyErr_NoMemory();
 		return -1;
 	}
@@ -457,7 +464,7 @@ static PyObject *stream_windows(PyObject *self, PyObject *const *args, Py_ssize_
 		const struct window *w = &u->window[i];
 		PyObject *capsule;
 
-		if (resident >= 0 && u->resident[w->block] != resident)
+		if (resident >= 0 && (u->keep[w->block] == OM_KEEP_PLAIN) != resident)
 			continue;
 		capsule = export_window(o, unit, w);
 		if (!capsule || PyList_Append(list, capsule))
@@ -480,10 +487,12 @@ static PyObject *stream_stats(PyObject *self, PyObject *Py_UNUSED(unused))
 	code = om_stream_stats(o->st, &s);
 	if (code)
 		return py_raise(code);
-	return Py_BuildValue("{sKsKsdsKsK}", "enters", (unsigned long long)s.enters, "hits",
+	return Py_BuildValue("{sKsKsdsKsKsKsK}", "enters", (unsigned long long)s.enters, "hits",
 	                     (unsigned long long)s.hits, "stall_seconds", (double)s.stall_ns / 1e9,
 	                     "read_bytes", (unsigned long long)s.read_bytes, "mispredicted",
-	                     (unsigned long long)s.mispredicted);
+	                     (unsigned long long)s.mispredicted, "packed_bytes",
+	                     (unsigned long long)s.packed_bytes, "decoded_bytes",
+	                     (unsigned long long)s.decoded_bytes);
 }
 
 static PyObject *stream_close(PyObject *self, PyObject *Py_UNUSED(unused))
@@ -533,8 +542,10 @@ static PyMethodDef stream_methods[] = {
 };
 
 static PyType_Slot stream_slots[] = {
-	{ Py_tp_doc, "Stream(store, group, units)\n--\n\n"
-	             "Units of blocks: resident ones stay, streamed ones pass through a ring." },
+	{ Py_tp_doc,
+	  "Stream(store, group, units)\n--\n\n"
+	  "Units of blocks, (name, [(block, what is kept), ...]): 1 plain, 2 fast, 3 balanced; "
+	  "the others, 0, pass through a ring." },
 	{ Py_tp_new, stream_new },
 	{ Py_tp_dealloc, stream_dealloc },
 	{ Py_tp_methods, stream_methods },

@@ -251,12 +251,35 @@ int om_store_open_file(struct om_store *s, const char *path, struct om_file **re
 	return found ? 0 : om_file_open(path, ret);
 }
 
+/* A new block's bytes are those of the ranges, which it owns from now on; or, with `decoded`, what they
+ * decode to. On failure nothing is owned. */
+static int set_origin_locked(struct om_store *s, struct om_block *b, struct om_range *ranges,
+                             size_t count, uint64_t nbytes, bool decoded)
+{
+	struct om_block *owner = b;
+
+	if (decoded) {
+		int code = om_pack_make_inner_locked(s, owner, nbytes, &b);
+
+		if (code)
+			return code;
+		owner->body->origin = b;
+		owner->blank = false;
+	}
+	b->blank = false;
+	b->body->ranges = ranges;
+	b->body->range_count = count;
+	return 0;
+}
+
 int om_store_add_file(struct om_store *s, const char *name, const char *group,
-                      const struct om_file_range *ranges, size_t count, const struct om_desc *desc)
+                      const struct om_file_range *ranges, size_t count, uint64_t decoded_bytes,
+                      const struct om_desc *desc)
 {
 	struct om_range *opened;
 	size_t opened_count;
 	uint64_t nbytes;
+	bool decoded = decoded_bytes != OM_NOT_ENCODED;
 	struct om_block *b;
 	int code = om_store_enter(s);
 
@@ -269,18 +292,19 @@ int om_store_add_file(struct om_store *s, const char *name, const char *group,
 	if (code)
 		return code;
 	om_mutex_lock(&s->lock);
-	code = s->closing ? om_err(OM_ECLOSED, "the store is closed")
-	                  : begin_block_locked(s, name, group, nbytes, &b);
+	code = s->closing
+	               ? om_err(OM_ECLOSED, "the store is closed")
+	               : begin_block_locked(s, name, group, decoded ? decoded_bytes : nbytes, &b);
 	if (!code) {
 		code = om_block_wake(b, desc);
 		code = code ? code : om_table_insert(&s->table, b);
-		if (code) {
-			om_block_retire(b);
-		} else {
-			b->blank = false;
-			b->body->ranges = opened;
-			b->body->range_count = opened_count;
+		if (!code) {
+			code = set_origin_locked(s, b, opened, opened_count, nbytes, decoded);
+			if (code)
+				om_table_remove(&s->table, b);
 		}
+		if (code)
+			om_block_retire(b);
 	}
 	om_mutex_unlock(&s->lock);
 	if (code) {
@@ -306,6 +330,8 @@ void om_store_reap_locked(struct om_store *s, struct om_block *b)
 	}
 	if (om_block_admitted(b))
 		om_room_unadmit_locked(s, b->nbytes);
+	if (b->body)
+		om_pack_forget_origin_locked(s, b);
 	om_block_retire(b);
 }
 

@@ -159,8 +159,6 @@ void om_block_access(struct om_block *b)
 	b->body->used_no = ++b->group->uses;
 	if (is_member(b))
 		p->ops->access(p, b->slot, om_block_host_bytes(b), b->host != OM_COPY_NONE);
-	if (b->group->cache && b->body->packed) /* used as often as its owner */
-		om_block_access(b->body->packed);
 	if (b->group->foresight && !b->inner)
 		om_foresight_access(b->group->foresight, b);
 }
@@ -273,6 +271,19 @@ struct om_extent om_block_host_cede(struct om_block *b)
 uint64_t om_block_counted_bytes(const struct om_block *b)
 {
 	return b->gone || b->host == OM_COPY_NONE ? 0 : taken(b);
+}
+
+uint64_t om_block_entry_bytes(const struct om_block *b)
+{
+	uint64_t bytes = 0;
+
+	if (!b || !b->body)
+		return 0;
+	if (b->body->packed)
+		bytes += om_block_counted_bytes(b->body->packed);
+	if (b->body->origin)
+		bytes += om_block_counted_bytes(b->body->origin);
+	return bytes + om_block_counted_bytes(b);
 }
 
 void om_block_fill_fail(struct om_block *b, struct om_pool *p)
@@ -413,6 +424,7 @@ void om_block_forget_origin(struct om_block *b)
 	om_free(b->body->ranges);
 	b->body->ranges = NULL;
 	b->body->range_count = 0;
+	b->body->origin = NULL;
 	b->body->hash_known = false;
 }
 

@@ -23,6 +23,7 @@ struct om_move;
 
 #define OM_BLOCK_ALIGN \
 	64u /* of a block's first byte in memory: kernels are slower off a cache line */
+#define OM_CODEC_CORE UINT8_MAX /* om_codec: what it made is decoded by whoever needs the bytes */
 #define OM_STREAM_ALIGN \
 	8u /* of one that streams: moving it costs more than that; safetensors' own */
 
@@ -58,7 +59,9 @@ struct om_body {
 	unsigned shares;        /* leases for sharing that came or went: each may have written */
 	struct om_list holders; /* struct om_lease */
 	struct om_disk_copy disk_copy;
-	struct om_block *packed; /* the bytes as a face encoded them: a block of its own, `inner` */
+	struct om_block
+		*packed; /* the bytes as somebody encoded them: a block of its own, `inner` */
+	struct om_block *origin; /* likewise, the ranges of an origin that is encoded */
 	struct om_move *move;    /* under way for this block, or NULL */
 
 	uint64_t hash;             /* XXH3-64 of the bytes of origin, disk copy or packed form */
@@ -67,7 +70,7 @@ struct om_body {
 	bool touched;     /* HOST was leased for sharing: it may differ from what lies below */
 	bool unused;      /* HOST was fetched ahead and nobody has leased it since */
 	bool guessed;     /* of these: foretold, not asked for */
-	uint8_t codec;    /* of `packed`: the face's number of who encoded it */
+	uint8_t codec;    /* of `packed`: OM_CODEC_CORE, or the face's number of who encoded it */
 	uint64_t used_no; /* the last access, by the group's count of them */
 };
 
@@ -87,7 +90,7 @@ struct om_block {
 	enum om_copy_state host : 8, disk : 8;
 	uint8_t tag;     /* of the face */
 	bool named : 1;  /* in the table; of an inner block: its owner keeps it */
-	bool inner : 1;  /* the packed form of another block, whose name it has */
+	bool inner : 1;  /* an encoded form of another block, whose name it has */
 	bool blank : 1;  /* never had bytes: they will be zeros */
 	bool pinned : 1; /* its HOST copy is never chosen to go */
 	bool gone : 1;   /* it had a name: its HOST bytes are in no group's limit any more */
@@ -106,14 +109,30 @@ void om_block_retire(struct om_block *b);
 uint64_t om_block_host_bytes(const struct om_block *b);
 /* Those that count in the limit of its group now. */
 uint64_t om_block_counted_bytes(const struct om_block *b);
+/* With those of its encoded forms; NULL has none. */
+uint64_t om_block_entry_bytes(const struct om_block *b);
 static inline bool om_block_has_origin(const struct om_block *b)
 {
-	return b->body && b->body->ranges;
+	return b->body && (b->body->ranges || b->body->origin);
+}
+/* The form that a fill decodes; NULL: none is there that the core made. */
+static inline struct om_block *om_block_coded(const struct om_block *b)
+{
+	return b->body->packed && b->body->codec == OM_CODEC_CORE ? b->body->packed
+	                                                          : b->body->origin;
+}
+/* What has to come to HOST before the block can be leased: its bytes, or the form that they are encoded
+ * to. */
+static inline struct om_block *om_block_wanted(struct om_block *b)
+{
+	struct om_block *form = b->body->packed ? b->body->packed : b->body->origin;
+
+	return b->host == OM_COPY_NONE && form ? form : b;
 }
 /* May the HOST copy be dropped, since the same bytes lie below it? */
 static inline bool om_block_clean(const struct om_block *b)
 {
-	return b->body->ranges ||
+	return om_block_has_origin(b) ||
 	       ((b->disk == OM_COPY_VALID || b->body->packed) && !b->body->touched);
 }
 /* May the HOST copy be let go without writing it anywhere? Entries of a cache may be lost. */
@@ -130,7 +149,7 @@ static inline bool om_block_admitted(const struct om_block *b)
 static inline bool om_block_swapped(const struct om_block *b)
 {
 	return b->host != OM_COPY_VALID && b->host != OM_COPY_LEAVING && b->body && !b->inner &&
-	       (b->disk == OM_COPY_VALID || b->body->packed);
+	       (b->disk == OM_COPY_VALID || (b->body->packed && b->body->codec != OM_CODEC_CORE));
 }
 
 /* The transitions. Each asserts the state that it starts from. */
@@ -161,9 +180,11 @@ void om_block_unlease(struct om_block *b);
 void om_block_lose_leases(struct om_block *b);
 /* Its HOST copy is never chosen to go, or may be again. */
 void om_block_pin(struct om_block *b, bool pinned);
-/* Forget the origin: the bytes in HOST are now the only ones. */
+/* Forget the origin: the bytes in HOST are now the only ones. (An encoded one is the caller's to let
+ * go.) */
 void om_block_forget_origin(struct om_block *b);
-/* The packed form, which the block keeps from now on (NULL: none any more); returns the former. */
+/* The packed form, which the block keeps from now on (NULL: none any more); returns the former. The
+ * codec is set before. */
 struct om_block *om_block_set_packed(struct om_block *b, struct om_block *packed);
 
 void om_foreign_unref(struct om_foreign *f); /* any thread; the last one queues the release */

@@ -23,14 +23,43 @@ static bool hash_wanted(const struct om_store *s, const struct om_block *b)
 	return !b->body->hash_known || s->verify == OM_VERIFY_ALWAYS || !b->body->verified;
 }
 
-uint64_t om_fetch_missing_bytes(struct om_block *const *blocks, size_t count)
+/* The encoded form that is missing, too. */
+static struct om_block *missing_form(const struct om_block *b)
+{
+	struct om_block *form = b->host == OM_COPY_NONE ? om_block_coded(b) : NULL;
+
+	return form && form->host == OM_COPY_NONE ? form : NULL;
+}
+
+/* HOST bytes of the forms that are missing, and of the blocks themselves. */
+static uint64_t missing_forms(struct om_block *const *blocks, size_t count)
 {
 	uint64_t bytes = 0;
 
 	for (size_t i = 0; i < count; i++)
-		if (blocks[i]->host == OM_COPY_NONE)
+		if (missing_form(blocks[i]))
+			bytes += om_block_host_bytes(missing_form(blocks[i]));
+	return bytes;
+}
+
+static bool missing(const struct om_block *b, bool ahead)
+{
+	return b->host == OM_COPY_NONE && !(ahead && om_block_coded(b));
+}
+
+static uint64_t missing_blocks(struct om_block *const *blocks, size_t count, bool ahead)
+{
+	uint64_t bytes = 0;
+
+	for (size_t i = 0; i < count; i++)
+		if (missing(blocks[i], ahead))
 			bytes += om_block_host_bytes(blocks[i]);
 	return bytes;
+}
+
+uint64_t om_fetch_missing_bytes(struct om_block *const *blocks, size_t count, bool ahead)
+{
+	return missing_forms(blocks, count) + missing_blocks(blocks, count, ahead);
 }
 
 int om_fetch_reserve_locked(struct om_store *s, const struct om_group *g, uint64_t bytes,
@@ -69,10 +98,17 @@ static int start_one_locked(struct om_store *s, struct om_block *b, enum om_move
 	s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
 	m->want_hash = hash_wanted(s, b);
 	m->ahead = m->speculative = priority == OM_PREFETCH;
+	if (om_block_coded(b) && (code = om_decode_begin_locked(s, m, om_block_coded(b)))) {
+		om_move_unref(m);
+		om_block_fill_fail(b, &s->pool);
+		return code;
+	}
 	s->counters.prefetches += m->speculative;
 	b->body->move = m;
 	s->moves++;
-	if (!m->zeros)
+	if (m->decoding)
+		m->ahead = om_decode_reads(m) && om_decode_reads(m)->ahead;
+	else if (!m->zeros)
 		om_mover_queue_locked(s, m);
 	else if (priority == OM_DEMAND)
 		m->landed = true; /* who needs it makes the zeros */
@@ -96,34 +132,47 @@ static struct om_extent cut(struct om_extent *rest, uint64_t bytes, bool last)
 	return part;
 }
 
-int om_fetch_start_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
-                          enum om_move_priority priority)
+/* One extent for all: blocks that are used together share a slot of a ring. */
+static int start_some_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
+                             enum om_move_priority priority)
 {
-	uint64_t left = om_fetch_missing_bytes(blocks, count);
+	bool ahead = priority == OM_PREFETCH;
+	uint64_t left = missing_blocks(blocks, count, ahead);
 	struct om_extent rest;
-	int code = 0;
+	int code = left ? om_fetch_reserve_locked(s, blocks[0]->group, left, &rest) : 0;
 
-	if (!left)
-		return 0;
-	if (s->closing)
-		return om_err(OM_ECLOSED, "the store is closed");
-	for (size_t i = 0; i < count; i++)
-		if (!blocks[i]->named)
-			return om_err(OM_ENAME, "block '%s' was removed", blocks[i]->name);
-	/* One extent for all: blocks that are used together share a slot of a ring. */
-	code = om_fetch_reserve_locked(s, blocks[0]->group, left, &rest);
-	if (code)
+	if (!left || code)
 		return code == OM_ELIMIT ? OM_EAGAIN : code;
 	for (size_t i = 0; i < count && !code; i++) {
 		uint64_t bytes = om_block_host_bytes(blocks[i]);
 
-		if (blocks[i]->host != OM_COPY_NONE)
+		if (!missing(blocks[i], ahead))
 			continue;
 		left -= bytes;
 		code = start_one_locked(s, blocks[i], priority, cut(&rest, bytes, !left));
 	}
 	om_pool_free(&s->pool, &rest);
 	return code;
+}
+
+int om_fetch_start_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
+                          enum om_move_priority priority)
+{
+	bool ahead = priority == OM_PREFETCH;
+	struct om_block *form;
+	int code = 0;
+
+	if (!om_fetch_missing_bytes(blocks, count, ahead))
+		return 0;
+	if (s->closing)
+		return om_err(OM_ECLOSED, "the store is closed");
+	for (size_t i = 0; i < count; i++)
+		if (!blocks[i]->named)
+			return om_err(OM_ENAME, "block '%s' was removed", blocks[i]->name);
+	for (size_t i = 0; i < count && !code; i++) /* forms go sooner than what they decode to */
+		if ((form = missing_form(blocks[i])))
+			code = start_some_locked(s, &form, 1, priority);
+	return code ? code : start_some_locked(s, blocks, count, priority);
 }
 
 static void settle_locked(struct om_store *s, struct om_move *m)
@@ -133,12 +182,14 @@ static void settle_locked(struct om_store *s, struct om_move *m)
 	m->settled = true;
 	b->body->move = NULL;
 	s->moves--;
+	if (m->decoding)
+		om_decode_end_locked(s, m);
 	om_store_changed_locked(s);
 	om_store_reap_locked(s, b);
 	om_move_unref(m);
 }
 
-static void fail_fill_locked(struct om_store *s, struct om_move *m)
+void om_fetch_fail_locked(struct om_store *s, struct om_move *m)
 {
 	if (!m->error->code) {
 		om_err(OM_ECANCELED, "block '%s': the fill was canceled", m->block->name);
@@ -199,15 +250,11 @@ static bool finish_for_nobody(struct om_job *job)
 	return more;
 }
 
-/* A whole fill that nobody waits for goes to the worker. Without memory for the job it stays as it
- * is: whoever comes next finishes it. */
-static void offer_locked(struct om_store *s, struct om_move *m)
+/* Without memory for the job the work is the caller's alone, or of who comes next. */
+void om_fetch_share_locked(struct om_store *s, struct om_move *m)
 {
-	struct finish_job *f;
+	struct finish_job *f = s->closing ? NULL : om_alloc(1, sizeof(*f));
 
-	if (m->settled || !m->landed || m->waiters || s->closing || m->block->group->streams)
-		return;
-	f = om_alloc(1, sizeof(*f));
 	if (!f)
 		return;
 	f->job.run = finish_for_nobody;
@@ -215,6 +262,13 @@ static void offer_locked(struct om_store *s, struct om_move *m)
 	f->move = m;
 	om_move_ref(m);
 	om_work_push(&s->work, &f->job);
+}
+
+/* A whole fill that nobody waits for goes to the worker. */
+static void offer_locked(struct om_store *s, struct om_move *m)
+{
+	if (!m->settled && m->landed && !m->waiters && !m->block->group->streams)
+		om_fetch_share_locked(s, m);
 }
 
 void om_fetch_landed_locked(struct om_store *s, struct om_move *m)
@@ -229,7 +283,7 @@ void om_fetch_landed_locked(struct om_store *s, struct om_move *m)
 	if (m->busy)
 		return; /* who is busy looks again */
 	if (m->error->code || m->canceled)
-		fail_fill_locked(s, m);
+		om_fetch_fail_locked(s, m);
 	else
 		offer_locked(s, m);
 }
@@ -247,6 +301,18 @@ void om_fetch_cancel_locked(struct om_store *s, struct om_block *b)
 		om_fetch_landed_locked(s, m);
 }
 
+void om_fetch_filled_locked(struct om_store *s, struct om_move *m)
+{
+	struct om_block *b = m->block;
+
+	if (!m->zeros)
+		om_traffic_note_locked(s, b, OM_EVENT_IN, m->bytes, m->began_ns);
+	om_block_fill_end(b);
+	b->body->unused = m->speculative;
+	s->counters.fills++;
+	settle_locked(s, m);
+}
+
 /* Everything is read and taken: compare, and make the copy VALID. */
 static void prove_locked(struct om_store *s, struct om_move *m, int files_code, uint64_t digest)
 {
@@ -254,7 +320,7 @@ static void prove_locked(struct om_store *s, struct om_move *m, int files_code, 
 
 	if (files_code) {
 		om_move_fail(m);
-		fail_fill_locked(s, m);
+		om_fetch_fail_locked(s, m);
 		return;
 	}
 	if (m->want_hash) {
@@ -275,19 +341,14 @@ static void prove_locked(struct om_store *s, struct om_move *m, int files_code, 
 			if (m->piece_count)
 				om_err_file(m->pieces[0].file->path);
 			om_move_fail(m);
-			fail_fill_locked(s, m);
+			om_fetch_fail_locked(s, m);
 			return;
 		}
 		b->body->verified = b->body->hash_known;
 		b->body->hash_known = true;
 		b->body->hash = digest;
 	}
-	if (!m->zeros)
-		om_traffic_note_locked(s, b, OM_EVENT_IN, m->bytes, m->began_ns);
-	om_block_fill_end(b);
-	b->body->unused = m->speculative;
-	s->counters.fills++;
-	settle_locked(s, m);
+	om_fetch_filled_locked(s, m);
 }
 
 static struct om_cursor take_target(const struct om_move *m)
@@ -307,6 +368,8 @@ bool om_fetch_work_locked(struct om_store *s, struct om_move *m)
 	uint64_t digest = 0;
 	int code = 0;
 
+	if (m->decoding)
+		return om_decode_work_locked(s, m);
 	if (m->settled || m->busy || m->kind != OM_MOVE_FILL || (!behind && !m->landed))
 		return false;
 	m->busy = true;
@@ -325,7 +388,7 @@ bool om_fetch_work_locked(struct om_store *s, struct om_move *m)
 	if (behind)
 		m->taken = to;
 	if (m->landed && (m->error->code || m->canceled))
-		fail_fill_locked(s, m);
+		om_fetch_fail_locked(s, m);
 	else if (!behind)
 		prove_locked(s, m, code, digest);
 	om_store_changed_locked(s);
@@ -337,8 +400,13 @@ int om_fetch_settle_locked(struct om_store *s, struct om_move *m, uint64_t deadl
 {
 	int code = 0;
 
+	struct om_move *read = om_decode_reads(m);
+
 	om_move_ref(m);
+	om_move_ref(read);
 	m->waiters++;
+	if (read)
+		read->waiters++;
 	while (!m->settled && !code) {
 		if (s->closing)
 			code = om_err(OM_ECLOSED, "the store was closed while block '%s' moved",
@@ -353,6 +421,11 @@ int om_fetch_settle_locked(struct om_store *s, struct om_move *m, uint64_t deadl
 			om_store_wait_locked(s, deadline_ns);
 	}
 	m->waiters--;
+	if (read) {
+		read->waiters--;
+		offer_locked(s, read);
+		om_move_unref(read);
+	}
 	if (m->settled)
 		code = m->error->code ? om_err_set(m->error) : 0;
 	else
@@ -370,7 +443,6 @@ static int survey_locked(struct om_store *s, struct om_block *const *blocks, siz
 {
 	int code = s->closing ? om_err(OM_ECLOSED, "the store is closed") : 0;
 
-	*ret_need = 0;
 	for (size_t i = 0; i < count && !code; i++) {
 		const struct om_block *b = blocks[i];
 
@@ -379,13 +451,12 @@ static int survey_locked(struct om_store *s, struct om_block *const *blocks, siz
 		else if (b->body->writer || (b->host == OM_COPY_FILLING &&
 		                             (!b->body->move || b->body->move->canceled)))
 			code = OM_EAGAIN;
-		else if (b->host == OM_COPY_NONE && b->body->packed)
+		else if (b->host == OM_COPY_NONE && b->body->packed && !om_block_coded(b))
 			code = om_err(OM_EPACKED,
 			              "block '%s' is kept encoded: ask the face that encoded it",
 			              b->name);
-		else if (b->host == OM_COPY_NONE)
-			*ret_need += om_block_host_bytes(b);
 	}
+	*ret_need = code ? 0 : om_fetch_missing_bytes(blocks, count, false);
 	return code;
 }
 
@@ -440,16 +511,18 @@ static int summon_locked(struct om_store *s, struct om_block *const *blocks, siz
 static void count_lease_locked(struct om_store *s, struct om_block *b, struct om_move *m)
 {
 	bool again = b->counted > 0, guessed = b->body->guessed;
+	/* A cache that encodes its entries finds them. */
+	bool found = !m || (b->group->cache && m->decoding && !om_decode_reads(m));
 
 	b->counted -= again;
-	if (!again)
-		om_traffic_note_locked(s, b, m ? OM_EVENT_MISS : OM_EVENT_HIT, 0, 0);
+	if (!again) {
+		om_traffic_note_locked(s, b, found ? OM_EVENT_HIT : OM_EVENT_MISS, 0, 0);
+		*(found ? &s->counters.hits : &s->counters.misses) += 1;
+	}
 	if (m) {
-		s->counters.misses += !again;
 		s->counters.prefetch_hits += m->speculative;
 		m->speculative = false;
 	} else {
-		s->counters.hits += !again;
 		s->counters.prefetch_hits += b->body->unused;
 		b->body->unused = false;
 	}
@@ -484,9 +557,15 @@ static int try_lease_locked(struct om_store *s, struct om_block *const *blocks, 
 		if (code)
 			return code;
 	}
-	for (size_t i = 0; i < count; i++)
-		if (!blocks[i]->counted) /* else it comes again */
+	for (size_t i = 0; i < count; i++) {
+		struct om_block *form = om_block_coded(blocks[i]);
+
+		if (!blocks[i]->counted) { /* else it comes again */
 			om_block_access(blocks[i]);
+			if (form)
+				om_block_access(form);
+		}
+	}
 	code = summon_locked(s, blocks, count, deadline_ns);
 	if (code)
 		return code;
@@ -501,7 +580,8 @@ static int try_lease_locked(struct om_store *s, struct om_block *const *blocks, 
 		if (!moves[i])
 			continue;
 		om_move_ref(moves[i]);
-		om_mover_promote_locked(s, moves[i]);
+		om_mover_promote_locked(s,
+		                        moves[i]->decoding ? om_decode_reads(moves[i]) : moves[i]);
 	}
 	for (size_t i = 0; i < count && !code; i++)
 		if (moves[i])

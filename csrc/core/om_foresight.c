@@ -50,11 +50,11 @@ void om_foresight_end(struct om_foresight *f, struct om_block *b, bool used)
 }
 
 /* Is it worth a fetch: its bytes lie below memory, and there is room for them that nobody uses? */
-static bool fetchable(struct om_store *s, const struct om_foresight *f, const struct om_block *b)
+static bool fetchable(struct om_store *s, const struct om_foresight *f, struct om_block *b)
 {
 	uint64_t bytes;
 
-	if (!b || !b->named || b->host != OM_COPY_NONE || b->blank || b->body->packed)
+	if (!b || !b->named || b->host != OM_COPY_NONE || b->blank || om_block_wanted(b) != b)
 		return false;
 	bytes = om_block_host_bytes(b);
 	return f->open_bytes + bytes <= OM_MAX(OPEN_LEAST, b->group->used_bytes / OPEN_SHARE) &&

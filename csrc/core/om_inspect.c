@@ -58,16 +58,20 @@ int om_store_info(struct om_store *s, const char *name, struct om_info *ret)
 		ret->tiers |= OM_TIER_HOST;
 	if (b->disk == OM_COPY_VALID)
 		ret->tiers |= OM_TIER_DISK;
+	if (b->body && om_block_coded(b) && om_block_coded(b)->host == OM_COPY_VALID)
+		ret->tiers |= OM_TIER_PACKED;
 	ret->leases = b->leases;
 	ret->desc.ndim = -1;
 	if (b->body)
 		ret->desc = b->body->desc;
 	snprintf(ret->group, sizeof(ret->group), "%s", b->group->name);
 	ret->has_origin = om_block_has_origin(b);
-	ret->origin_count = b->body ? b->body->range_count : 0;
-	if (ret->origin_count) {
-		snprintf(ret->origin, sizeof(ret->origin), "%s", b->body->ranges[0].file->path);
-		ret->origin_offset = b->body->ranges[0].offset;
+	if (ret->has_origin) {
+		const struct om_body *from = b->body->origin ? b->body->origin->body : b->body;
+
+		ret->origin_count = from->range_count;
+		snprintf(ret->origin, sizeof(ret->origin), "%s", from->ranges[0].file->path);
+		ret->origin_offset = from->ranges[0].offset;
 	}
 	return om_store_leave_block(s, b, 0);
 }
@@ -87,6 +91,7 @@ int om_store_stats(struct om_store *s, struct om_stats *ret)
 
 		ret->leases += g->leases;
 		ret->host.used_bytes += g->foreign_bytes;
+		ret->packed_bytes += g->packed_bytes;
 	}
 	ret->disk = (struct om_tier_stats){ s->disk.used_bytes, s->disk.peak_bytes,
 		                            s->disk.limit_bytes,
@@ -171,8 +176,8 @@ static int check_block(const struct om_block *b)
 	OM_LIST_FOREACH(link, &body->holders)
 		holders++;
 	/* I1: a block has its bytes somewhere, or never had any. */
-	if (b->host == OM_COPY_NONE && !body->ranges && b->disk != OM_COPY_VALID && !body->packed &&
-	    !b->blank && b->named)
+	if (b->host == OM_COPY_NONE && !om_block_has_origin(b) && b->disk != OM_COPY_VALID &&
+	    !body->packed && !b->blank && b->named)
 		return om_err(OM_ECORRUPT, "I1: block '%s' has no copy and no origin", b->name);
 	/* I2: leased copies are VALID or FILLING, and on no list. */
 	if (b->leases && b->host != OM_COPY_VALID && b->host != OM_COPY_FILLING)
@@ -194,7 +199,8 @@ static int check_block(const struct om_block *b)
 	/* I5: a LEAVING copy has no lease. */
 	if (b->host == OM_COPY_LEAVING && b->leases)
 		return om_err(OM_ECORRUPT, "I5: block '%s' leaves under a lease", b->name);
-	if (body->packed && (b->disk != OM_COPY_NONE || body->move || !body->packed->inner))
+	if (body->packed && (b->disk != OM_COPY_NONE || (body->move && !body->move->decoding) ||
+	                     !body->packed->inner))
 		return om_err(OM_ECORRUPT, "block '%s' is packed and has other copies", b->name);
 	return 0;
 }

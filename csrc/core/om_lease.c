@@ -169,18 +169,18 @@ bool om_lease_writable(const struct om_lease *l)
  * same (`touched`). */
 static int own_bytes_locked(struct om_store *s, struct om_block *b, enum om_access access)
 {
-	int code = b->body->ranges ? om_room_admit_locked(s, b) : 0;
+	int code = om_block_has_origin(b) ? om_room_admit_locked(s, b) : 0;
 
 	if (code)
 		return code;
 	if (access == OM_SHARE) {
-		if (b->body->ranges)
-			om_block_forget_origin(b);
+		if (om_block_has_origin(b))
+			om_pack_forget_origin_locked(s, b);
 		b->body->touched = true;
 		b->body->shares++;
 		return 0;
 	}
-	om_block_forget_origin(b);
+	om_pack_forget_origin_locked(s, b);
 	om_block_disk_drop(b, &s->disk);
 	om_pack_drop_locked(s, b);
 	b->body->writer = true;

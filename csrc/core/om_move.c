@@ -114,18 +114,17 @@ static void place(struct om_move *m)
 int om_move_create_fill(struct om_block *b, struct om_disk *disk, uint32_t request_bytes,
                         enum om_move_priority priority, struct om_move **ret)
 {
-	bool from_disk = b->disk == OM_COPY_VALID;
+	bool from_disk = b->disk == OM_COPY_VALID, decodes = om_block_coded(b);
+	size_t pieces = decodes ? 0 : from_disk ? b->body->disk_copy.count : b->body->range_count;
 	struct om_move *m;
-	int code = create(b, OM_MOVE_FILL, priority,
-	                  from_disk ? b->body->disk_copy.count : b->body->range_count,
-	                  request_bytes, &m);
+	int code = create(b, OM_MOVE_FILL, priority, pieces, request_bytes, &m);
 
 	if (code)
 		return code;
 	m->zeros = b->blank;
 	if (from_disk)
 		plan_runs(m, disk, &b->body->disk_copy, b->body->mem.ptr);
-	else
+	else if (!decodes)
 		plan_ranges(m);
 	place(m);
 	code = seal(m);
@@ -151,7 +150,8 @@ int om_move_create_spill(struct om_block *b, struct om_disk *disk, uint32_t requ
 
 void om_move_ref(struct om_move *m)
 {
-	m->refs++;
+	if (m)
+		m->refs++;
 }
 
 void om_move_unref(struct om_move *m)
@@ -162,6 +162,7 @@ void om_move_unref(struct om_move *m)
 	om_free(m->back);
 	om_free(m->hash_raw);
 	om_free(m->error);
+	om_decode_free(m->decoding);
 	om_free(m);
 }
 

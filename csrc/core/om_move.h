@@ -59,7 +59,11 @@ struct om_move {
 	uint64_t hash;          /* spill: of the bytes sent */
 	struct om_error *error; /* NULL until something failed */
 	unsigned waiters;       /* threads that wait for it now */
+	struct om_decoding
+		*decoding; /* fill: from an encoded form (om_decode.c); NULL: it is read */
 };
+
+struct om_decoding;
 
 /* Plan a fill of `b`, whose extent is reserved (b->data is set to where the first byte will be: where
  * it is read to, if that is aligned as b->align asks, else up to OM_BLOCK_ALIGN - 1 bytes before), or
@@ -68,6 +72,7 @@ int om_move_create_fill(struct om_block *b, struct om_disk *disk, uint32_t reque
                         enum om_move_priority priority, struct om_move **ret);
 int om_move_create_spill(struct om_block *b, struct om_disk *disk, uint32_t request_bytes,
                          struct om_move **ret);
+void om_decode_free(struct om_decoding *d); /* NULL is fine; its block and move were let go */
 void om_move_ref(struct om_move *m);
 void om_move_unref(struct om_move *m);
 /* Length of the request at the cursor (0: the end), and the step over it. */

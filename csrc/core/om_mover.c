@@ -524,7 +524,7 @@ void om_mover_queue_locked(struct om_store *s, struct om_move *m)
 
 void om_mover_promote_locked(struct om_store *s, struct om_move *m)
 {
-	if (m->priority != OM_PREFETCH)
+	if (!m || m->priority != OM_PREFETCH)
 		return;
 	m->priority = OM_DEMAND;
 	if (!om_list_empty(&m->link)) {

@@ -13,16 +13,28 @@
 #include "core/om_hash.h"
 #include "core/om_store_int.h"
 
-void om_pack_drop_locked(struct om_store *s, struct om_block *b)
+static void let_inner_go_locked(struct om_store *s, struct om_block *inner)
 {
-	struct om_block *inner = b->body ? om_block_set_packed(b, NULL) : NULL;
-
 	if (!inner)
 		return;
 	om_block_lose_name(inner);
 	om_fetch_cancel_locked(s, inner);
 	om_store_reap_locked(s, inner);
 	om_block_unref(inner);
+}
+
+void om_pack_drop_locked(struct om_store *s, struct om_block *b)
+{
+	if (b->body)
+		let_inner_go_locked(s, om_block_set_packed(b, NULL));
+}
+
+void om_pack_forget_origin_locked(struct om_store *s, struct om_block *b)
+{
+	struct om_block *origin = b->body->origin;
+
+	om_block_forget_origin(b);
+	let_inner_go_locked(s, origin);
 }
 
 int om_store_victim(struct om_store *s, const char *group, struct om_lease **ret)
@@ -78,8 +90,8 @@ static void fill_at_once(struct om_block *b, struct om_extent mem)
 	om_block_fill_end(b);
 }
 
-static int make_inner_locked(struct om_store *s, struct om_block *owner, uint64_t nbytes,
-                             struct om_extent mem, struct om_block **ret)
+int om_pack_make_inner_locked(struct om_store *s, struct om_block *owner, uint64_t nbytes,
+                              struct om_block **ret)
 {
 	struct om_block *inner;
 	int code = om_block_create(owner->name, nbytes, owner->group, &inner);
@@ -93,9 +105,26 @@ static int make_inner_locked(struct om_store *s, struct om_block *owner, uint64_
 		om_block_retire(inner);
 		return code;
 	}
+	om_block_ref(inner); /* its owner's */
+	*ret = inner;
+	return 0;
+}
+
+/* The owner's packed form is these bytes from now on, which are in HOST. */
+static int take_form_locked(struct om_store *s, struct om_block *owner, struct om_extent mem,
+                            uint64_t nbytes, uint8_t codec)
+{
+	struct om_block *inner;
+	int code = om_pack_make_inner_locked(s, owner, nbytes, &inner);
+
+	if (code)
+		return code;
 	om_block_access(inner);
 	fill_at_once(inner, mem);
-	*ret = inner;
+	om_block_disk_drop(owner, &s->disk);
+	om_pack_drop_locked(s, owner);
+	owner->body->codec = codec;
+	om_block_set_packed(owner, inner);
 	return 0;
 }
 
@@ -117,7 +146,7 @@ static int packable(const struct om_lease *l)
 int om_lease_pack(struct om_lease *l, const void *data, uint64_t nbytes, uint8_t codec)
 {
 	struct om_store *s = l->store;
-	struct om_block *b = l->block, *inner;
+	struct om_block *b = l->block;
 	struct om_extent mem;
 	uint64_t hash, unused;
 	int code = om_store_enter(s);
@@ -139,29 +168,28 @@ int om_lease_pack(struct om_lease *l, const void *data, uint64_t nbytes, uint8_t
 	if (code)
 		return om_store_leave(s, code);
 	code = packable(l);
-	code = code ? code : make_inner_locked(s, b, nbytes, mem, &inner);
+	code = code ? code : take_form_locked(s, b, mem, nbytes, codec);
 	if (code) {
 		om_pool_free(&s->pool, &mem);
 		return om_store_leave(s, code);
 	}
-	om_block_disk_drop(b, &s->disk);
-	om_pack_drop_locked(s, b);
-	om_block_forget_origin(b);
-	om_block_ref(inner);
-	om_block_set_packed(b, inner);
-	b->body->codec = codec;
+	om_pack_forget_origin_locked(s, b);
 	b->body->touched = false;
 	b->body->hash = hash;
 	b->body->hash_known = true;
-	om_spill_locked(s, inner); /* when it fails, the next one that needs the room tries again */
+	om_spill_locked(
+		s,
+		b->body->packed); /* when it fails, the next one that needs the room tries again */
 	om_store_changed_locked(s);
 	return om_store_leave(s, 0);
 }
 
-/* The packed form, if it is all that there is of the block. NULL: look at the code. */
+/* The form that a face made, if it is all that there is of the block. NULL: look at the code. */
 static struct om_block *only_packed(const struct om_block *b)
 {
-	return b->named && b->host == OM_COPY_NONE && b->body ? b->body->packed : NULL;
+	return b->named && b->host == OM_COPY_NONE && b->body && !om_block_coded(b)
+	               ? b->body->packed
+	               : NULL;
 }
 
 int om_block_lease_packed(struct om_store *s, struct om_block *b, uint64_t deadline_ns,
@@ -235,5 +263,153 @@ int om_block_unpack(struct om_store *s, struct om_block *b, const void *data, ui
 		om_pool_free(&s->pool, &mem);
 	}
 	om_store_changed_locked(s);
+	return om_store_leave_block(s, b, code);
+}
+
+/* ---- forms that the core makes ---- */
+
+/* Memory for bytes that are made without the lock: a segment of its own, of that size. */
+static int loose_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
+                        uint64_t deadline_ns, struct om_extent *ret)
+{
+	int code;
+
+	bytes = om_up(OM_MAX(bytes, 1), OM_PAGE);
+	do { /* other threads may be quicker to take the room */
+		code = om_room_wait_locked(s, g, bytes, deadline_ns, NULL, 0);
+		code = code ? code : om_pool_alloc(&s->pool, bytes, bytes, ret);
+	} while (code == OM_ELIMIT && om_now() < deadline_ns && !s->closing &&
+	         bytes <= s->host_limit_bytes && (!g->limit_bytes || bytes <= g->limit_bytes));
+	if (!code) {
+		s->loose_bytes += ret->bytes;
+		s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
+	}
+	return code;
+}
+
+static void free_loose_locked(struct om_store *s, struct om_extent *mem)
+{
+	s->loose_bytes -= mem->segment ? mem->bytes : 0;
+	om_pool_free(&s->pool, mem);
+}
+
+/* Decode the form and compare it with the bytes that it was made of, a part at a time. */
+static int compare_form(const struct om_block *b, const struct om_coded *coded)
+{
+	uint8_t *part = om_alloc(1, OM_CODED_PART);
+	int code = part ? 0 : -ENOMEM;
+
+	for (uint64_t i = 0; !code && i < coded->parts; i++) {
+		uint64_t at = i * OM_CODED_PART, n = OM_MIN(OM_CODED_PART, b->nbytes - at);
+
+		code = om_coded_part(coded, i, 1, (uint8_t *)((uintptr_t)part - at));
+		if (!code && memcmp(part, b->body->data + at, n))
+			code = om_err(OM_ECORRUPT,
+			              "block '%s': what its bytes were encoded to decodes "
+			              "to others; it stays as it is",
+			              b->name);
+	}
+	om_free(part);
+	return code;
+}
+
+/* No lock. *ret_bytes 0: not worth it. */
+static int encode(const struct om_block *b, enum om_coding coding, struct om_extent mem,
+                  struct om_coded *ret)
+{
+	int code = om_encode(b->body->data, b->nbytes, &b->body->desc, coding, mem.ptr, mem.bytes,
+	                     &ret->bytes);
+
+	if (code || !ret->bytes)
+		return code;
+	code = om_coded_open(mem.ptr, ret->bytes, ret);
+	return code ? code : compare_form(b, ret);
+}
+
+/* The form in `scratch` becomes the block's, in memory of just its size. */
+static int keep_form_locked(struct om_store *s, struct om_block *b, const struct om_coded *coded,
+                            uint64_t deadline_ns)
+{
+	struct om_extent mem;
+	int code;
+
+	if (b->body->hash_known && !b->body->touched && b->body->hash != coded->hash)
+		return om_err(OM_ECORRUPT,
+		              "block '%s': the bytes in memory differ from those stored: somebody "
+		              "wrote to a view that was for reading",
+		              b->name);
+	code = loose_locked(s, b->group, coded->bytes, deadline_ns, &mem);
+	if (code)
+		return code;
+	om_mutex_unlock(&s->lock);
+	memcpy(mem.ptr, coded->data, coded->bytes);
+	om_mutex_lock(&s->lock);
+	if (s->closing)
+		code = om_err(OM_ECLOSED, "the store was closed meanwhile");
+	s->loose_bytes -= mem.bytes;
+	code = code ? code : take_form_locked(s, b, mem, coded->bytes, OM_CODEC_CORE);
+	if (code) {
+		om_pool_free(&s->pool, &mem);
+		return code;
+	}
+	b->body->touched = false;
+	b->body->hash = coded->hash;
+	b->body->hash_known = b->body->verified = true;
+	return 0;
+}
+
+int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding coding,
+                          uint64_t deadline_ns, struct om_block **ret)
+{
+	struct om_extent scratch = { 0 };
+	struct om_coded coded = { 0 };
+	unsigned shares = b->body->shares;
+	int code = loose_locked(s, b->group, om_encode_bound(b->nbytes), deadline_ns, &scratch);
+
+	*ret = NULL;
+	if (code)
+		return code;
+	b->body->holds++; /* nobody writes alone meanwhile */
+	s->inside++;
+	om_mutex_unlock(&s->lock);
+	code = encode(b, coding, scratch, &coded);
+	om_mutex_lock(&s->lock);
+	if (!code && s->closing)
+		code = om_err(OM_ECLOSED, "the store was closed meanwhile");
+	if (!code && coded.bytes && b->body->shares != shares)
+		code = om_err(OM_EBUSY, "block '%s' is shared for writing while it is encoded",
+		              b->name);
+	if (!code && coded.bytes)
+		code = keep_form_locked(s, b, &coded, deadline_ns);
+	b->body->holds--;
+	s->inside--;
+	free_loose_locked(s, &scratch);
+	if (!code && coded.bytes) {
+		*ret = b->body->packed;
+		om_block_ref(*ret);
+	}
+	om_store_changed_locked(s);
+	return code;
+}
+
+int om_store_encode(struct om_store *s, const char *name, enum om_coding coding,
+                    uint64_t deadline_ns, uint64_t *ret_bytes)
+{
+	struct om_block *b, *form = NULL;
+	int code = om_store_enter_block(s, name, &b);
+
+	*ret_bytes = 0;
+	if (code)
+		return code;
+	code = om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
+	if (code)
+		return om_store_leave_block(s, b, code);
+	if (b->body->writer || b->body->touched)
+		code = om_err(OM_EBUSY, "block '%s' is shared for writing", b->name);
+	code = code ? code : om_pack_encode_locked(s, b, coding, deadline_ns, &form);
+	if (form)
+		*ret_bytes = form->nbytes;
+	om_block_unref(form);
+	om_fetch_unlease_locked(s, b);
 	return om_store_leave_block(s, b, code);
 }

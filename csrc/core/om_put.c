@@ -91,19 +91,10 @@ static bool reusable(const struct om_block *old, uint64_t bytes)
 	       old->body->mem.bytes == bytes;
 }
 
-/* Bytes that count in the limit as long as the entry has its name. */
-static uint64_t entry_bytes(const struct om_block *b)
-{
-	if (!b || !b->body)
-		return 0;
-	return om_block_counted_bytes(b) +
-	       (b->body->packed ? om_block_counted_bytes(b->body->packed) : 0);
-}
-
 /* One try to get memory: 0, with the lock held since; OM_ROOM_STEP, OM_EAGAIN, OM_EBUSY: look again. */
 static int try_reserve_locked(struct put *p, struct om_block *old)
 {
-	uint64_t bytes = om_block_host_bytes(p->b), back = entry_bytes(old);
+	uint64_t bytes = om_block_host_bytes(p->b), back = om_block_entry_bytes(old);
 	bool reuse = reusable(old, bytes);
 	int code = om_room_step_locked(p->s, p->g, reuse ? 0 : bytes, bytes - OM_MIN(bytes, back),
 	                               true, &old, old ? 1 : 0);

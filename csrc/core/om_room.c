@@ -15,7 +15,7 @@
 static bool kept(const struct om_block *b, struct om_block *const *keep, size_t count)
 {
 	for (size_t i = 0; i < count; i++)
-		if (keep[i] == b)
+		if (keep[i] == b || om_block_coded(keep[i]) == b)
 			return true;
 	return false;
 }
@@ -150,6 +150,16 @@ void om_room_drop_locked(struct om_store *s, struct om_block *b)
 	om_block_host_drop(b, &s->pool);
 }
 
+/* Those of entries that may not go. */
+static uint64_t entries_bytes(struct om_block *const *keep, size_t keep_count)
+{
+	uint64_t bytes = 0;
+
+	for (size_t i = 0; i < keep_count; i++)
+		bytes += om_block_entry_bytes(keep[i]);
+	return bytes;
+}
+
 int om_room_step_locked(struct om_store *s, struct om_group *g, uint64_t bytes, uint64_t own_bytes,
                         bool spill, struct om_block *const *keep, size_t keep_count)
 {
@@ -159,6 +169,10 @@ int om_room_step_locked(struct om_store *s, struct om_group *g, uint64_t bytes, 
 		return limit_error(g, bytes, g->limit_bytes, true);
 	if (bytes > s->host_limit_bytes)
 		return limit_error(g, bytes, s->host_limit_bytes, false);
+	if (g->cache && own_bytes + entries_bytes(keep, keep_count) > g->limit_bytes &&
+	    g->limit_bytes)
+		return limit_error(g, own_bytes + entries_bytes(keep, keep_count), g->limit_bytes,
+		                   true);
 	for (;;) {
 		bool own = !group_fits(g, own_bytes), any;
 		struct om_group *only = own ? g : NULL;

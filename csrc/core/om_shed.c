@@ -26,7 +26,9 @@ static struct om_block *entry_of(struct om_store *s, const struct om_block *b)
 	if (!b->inner)
 		return (struct om_block *)b;
 	owner = om_table_find(&s->table, b->name);
-	return owner && owner->body && owner->body->packed == b ? owner : NULL;
+	return owner && owner->body && (owner->body->packed == b || owner->body->origin == b)
+	               ? owner
+	               : NULL;
 }
 
 static bool settled(const struct om_block *b)
@@ -40,6 +42,9 @@ static bool may_shed(void *arg, const struct om_block *b)
 	const struct om_block *e = entry_of(w->store, b);
 
 	if (!e || !settled(b) || !settled(e))
+		return false;
+	if (b->inner && b->leases &&
+	    om_block_clean(b)) /* an encoded origin that is being decoded */
 		return false;
 	for (size_t i = 0; i < w->keep_count; i++)
 		if (w->keep[i] == e)
@@ -78,8 +83,10 @@ static int part_locked(struct om_store *s, struct om_block *b)
 	heir->body->codec = b->body->codec;
 	heir->body->ranges = b->body->ranges;
 	heir->body->range_count = b->body->range_count;
+	heir->body->origin = b->body->origin;
 	b->body->ranges = NULL;
 	b->body->range_count = 0;
+	b->body->origin = NULL;
 	om_block_set_packed(heir, om_block_set_packed(b, NULL));
 	om_table_remove(&s->table, b);
 	om_table_insert(&s->table, heir); /* as many as before: it cannot fail */
@@ -90,11 +97,11 @@ int om_shed_locked(struct om_store *s, struct om_block *b)
 {
 	struct om_block *e = entry_of(s, b);
 
-	if (b->inner && e->body->ranges) { /* the origin will do */
-		om_pack_drop_locked(s, e);
+	if (b->inner && !om_block_clean(b) && om_block_has_origin(e)) {
+		om_pack_drop_locked(s, e); /* the origin will do */
 		return 0;
 	}
-	if (b == e && om_block_clean(b)) {
+	if (om_block_clean(b)) {
 		bool lasts = b->body->packed;
 		int code = b->leases ? part_locked(s, b) : 0;
 

@@ -55,6 +55,11 @@ static bool drop_lower_copy_locked(struct om_store *s, struct om_block *b)
 	return same;
 }
 
+static bool packed_on_disk(const struct om_block *b)
+{
+	return b->body->packed && b->body->packed->body->disk_copy.count;
+}
+
 /* Have one lower copy of a block that is in memory give way. 1: look again; 0: there is none; OM_EBUSY:
  * none now, but what is leased or on its way in may give way later, or room was made in memory. The
  * lock is given up. */
@@ -66,13 +71,13 @@ static int drop_stale_locked(struct om_store *s)
 		struct om_block *b = om_container_of(link, struct om_block, all);
 		struct om_body *body = b->body;
 
-		if (b->host == OM_COPY_NONE || !(body->disk_copy.count || body->packed))
+		if (b->host == OM_COPY_NONE || !(body->disk_copy.count || packed_on_disk(b)))
 			continue;
 		if (body->touched && !body->move && !body->holds) { /* the memory is what counts */
 			drop_below_locked(s, b);
 			return 1;
 		}
-		if ((b->disk == OM_COPY_VALID || body->packed) && b->host == OM_COPY_VALID &&
+		if ((b->disk == OM_COPY_VALID || packed_on_disk(b)) && b->host == OM_COPY_VALID &&
 		    !b->leases && !body->holds && !body->move)
 			return drop_lower_copy_locked(s, b) ? 1 : OM_EBUSY;
 		found = OM_EBUSY; /* on its way in or out, or whoever holds it may write to it */

@@ -172,6 +172,7 @@ static void forget_leased_locked(struct om_store *s, struct om_block *b)
 	if (om_list_empty(&b->all))
 		return;
 	om_pack_drop_locked(s, b);
+	om_pack_forget_origin_locked(s, b);
 	om_list_del(&b->all);
 	om_foreign_unref(b->body->foreign);
 	b->body->foreign = NULL;

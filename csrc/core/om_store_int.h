@@ -192,16 +192,37 @@ void om_traffic_note_locked(struct om_store *s, struct om_block *b, enum om_even
 void om_traffic_miss_locked(struct om_store *s, struct om_group *g, const char *name);
 
 /* om_pack.c */
-/* The packed form of a block is of no use any more. */
+/* The packed form of a block is of no use any more; its origin is none any more. */
 void om_pack_drop_locked(struct om_store *s, struct om_block *b);
+void om_pack_forget_origin_locked(struct om_store *s, struct om_block *b);
+/* A record for an encoded form, on the store's list, with a reference for its owner. */
+int om_pack_make_inner_locked(struct om_store *s, struct om_block *owner, uint64_t nbytes,
+                              struct om_block **ret);
+/* Encode the bytes of a block that the caller leases, and keep the form in HOST beside them: a fill is
+ * decoded from it from now on. *ret: the form, a reference; NULL: it would hardly be smaller. Gives up the
+ * lock. */
+int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding coding,
+                          uint64_t deadline_ns, struct om_block **ret);
+
+/* om_decode.c */
+/* `m` fills its block from `from`, which is in HOST or on its way. -ENOMEM. */
+int om_decode_begin_locked(struct om_store *s, struct om_move *m, struct om_block *from);
+/* The move that `m` waits for before it can decode, or NULL. */
+struct om_move *om_decode_reads(const struct om_move *m);
+/* As om_fetch_work_locked, of a fill that decodes. */
+bool om_decode_work_locked(struct om_store *s, struct om_move *m);
+/* The move settles: it lets the form go. */
+void om_decode_end_locked(struct om_store *s, struct om_move *m);
 
 /* om_fetch.c */
-/* HOST bytes that blocks without a HOST copy would take. */
-uint64_t om_fetch_missing_bytes(struct om_block *const *blocks, size_t count);
+/* HOST bytes that are missing for a lease of all blocks, or (`ahead`) for what has to be there before:
+ * encoded forms are fetched ahead, not decoded. */
+uint64_t om_fetch_missing_bytes(struct om_block *const *blocks, size_t count, bool ahead);
 /* Memory for HOST bytes of a group; there is room. */
 int om_fetch_reserve_locked(struct om_store *s, const struct om_group *g, uint64_t bytes,
                             struct om_extent *ret);
-/* Reserve memory (there is room for all) and queue fills of those whose HOST is NONE. OM_EAGAIN: the
+/* Reserve memory (there is room for all) and queue fills of those whose HOST is NONE (OM_PREFETCH: of what
+ * om_fetch_missing_bytes calls ahead). OM_EAGAIN: the
  * room was not enough (pages lost in shared segments); some may have started: make room again. */
 int om_fetch_start_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
                           enum om_move_priority priority);
@@ -216,6 +237,11 @@ void om_fetch_unlease_locked(struct om_store *s, struct om_block *b);
 int om_fetch_settle_locked(struct om_store *s, struct om_move *m, uint64_t deadline_ns);
 /* Do a piece of the work owed on a move, if any is to be had. Gives up the lock meanwhile. */
 bool om_fetch_work_locked(struct om_store *s, struct om_move *m);
+/* A fill is whole and proven; or has failed (its error is set, or it was canceled). */
+void om_fetch_filled_locked(struct om_store *s, struct om_move *m);
+void om_fetch_fail_locked(struct om_store *s, struct om_move *m);
+/* Have the worker do some of what the caller is about to do on a move. */
+void om_fetch_share_locked(struct om_store *s, struct om_move *m);
 /* The mover calls this when all requests of a move are back. */
 void om_fetch_landed_locked(struct om_store *s, struct om_move *m);
 

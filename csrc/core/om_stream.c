@@ -1,7 +1,9 @@
 /*
- * om_stream: a planned stream: units (a decoder layer, a vision block, ...) of resident and streamed
- * blocks. The residents are leased for good; the streamed blocks of the units that are in use, and of
- * the next ones by the recorded order, share what the group's limit leaves: the ring.
+ * om_stream: a planned stream: units (a decoder layer, a vision block, ...) of blocks that are kept plain,
+ * kept encoded, or not kept. Those kept plain are leased for good, and so are the forms of those kept encoded,
+ * whose bytes are decoded while their unit is in use. These bytes, the blocks that are not kept of the units
+ * that are in use, and what has to be read for the next ones by the recorded order, share what the group's
+ * limit leaves: the ring. What passes through it is called streamed, whether it is read or decoded.
  *
  * A unit's state says who may touch its windows: IDLE -> BINDING (the first user makes them) ->
  * BOUND (any number of users) -> UNBINDING (the last one takes them away) -> IDLE. All under the store lock;
@@ -23,6 +25,8 @@ struct unit {
 	size_t count, streamed_count;
 	struct om_block **blocks; /* streamed ones first */
 	struct om_lease **leases; /* in the order of `blocks` */
+	struct om_lease **forms;  /* likewise: of the forms that are kept */
+	uint8_t *keep;            /* likewise: enum om_keep */
 	size_t *place;            /* caller's index -> index in `blocks` */
 };
 
@@ -34,7 +38,7 @@ struct om_stream {
 	bool opened;               /* the group counts this stream */
 	struct om_pattern pattern; /* of units that have streamed blocks */
 	struct om_stream_stats stats;
-	uint64_t read_bytes_before;
+	uint64_t read_bytes_before, decoded_bytes_before;
 	uint32_t *ahead; /* scratch: units foretold, in order */
 };
 
@@ -46,6 +50,8 @@ static void unit_fini(struct unit *u)
 	om_free(u->name);
 	om_free(u->blocks);
 	om_free(u->leases);
+	om_free(u->forms);
+	om_free(u->keep);
 	om_free(u->place);
 }
 
@@ -57,14 +63,17 @@ static int unit_init_locked(struct om_stream *st, struct unit *u, const struct o
 	u->count = in->count;
 	u->blocks = om_alloc(in->count, sizeof(*u->blocks));
 	u->leases = om_alloc(in->count, sizeof(*u->leases));
+	u->forms = om_alloc(in->count, sizeof(*u->forms));
+	u->keep = om_alloc(in->count, sizeof(*u->keep));
 	u->place = om_alloc(in->count, sizeof(*u->place));
-	if (!u->name || !u->blocks || !u->leases || !u->place)
+	if (!u->name || !u->blocks || !u->leases || !u->forms || !u->keep || !u->place)
 		return -ENOMEM;
 	for (size_t i = 0; i < in->count; i++)
-		u->streamed_count += !in->resident[i];
+		u->streamed_count += in->keep[i] != OM_KEEP_PLAIN;
 	at[1] = u->streamed_count;
 	for (size_t i = 0; i < in->count; i++) {
 		struct om_block *b = om_store_find_locked(st->store, in->blocks[i]);
+		bool plain = in->keep[i] == OM_KEEP_PLAIN;
 
 		if (!b)
 			return OM_ENAME;
@@ -75,9 +84,10 @@ static int unit_init_locked(struct om_stream *st, struct unit *u, const struct o
 				in->name, b->name, b->group->name, st->group->name);
 		if (om_block_wake(b, NULL))
 			return -ENOMEM;
-		b->body->align = in->resident[i] ? OM_BLOCK_ALIGN : OM_STREAM_ALIGN;
-		u->place[i] = at[in->resident[i]]++;
+		b->body->align = plain ? OM_BLOCK_ALIGN : OM_STREAM_ALIGN;
+		u->place[i] = at[plain]++;
 		u->blocks[u->place[i]] = b;
+		u->keep[u->place[i]] = in->keep[i];
 		om_block_ref(b);
 	}
 	return 0;
@@ -111,6 +121,7 @@ int om_stream_create(struct om_store *s, const char *group, const struct om_stre
 		st->group->streams++;
 		st->opened = true;
 		st->read_bytes_before = st->group->read_bytes;
+		st->decoded_bytes_before = st->group->decoded_bytes;
 	}
 	om_mutex_unlock(&s->lock);
 	om_store_ref(s);
@@ -147,26 +158,28 @@ static int lease_unit_locked(struct om_stream *st, struct unit *u, size_t first,
 	return code;
 }
 
-int om_stream_load(struct om_stream *st, uint64_t deadline_ns)
-{
-	struct om_store *s = st->store;
-	int code = om_store_enter(s);
+/* ---- what is kept ---- */
 
-	if (code)
-		return code;
-	/* Start them all, then take them one by one as they come. */
+/* Begin to bring a block in, if there is room for it. OM_EAGAIN, OM_EBUSY: not now. */
+static int start_kept_locked(struct om_stream *st, struct om_block *b)
+{
+	uint64_t bytes = om_fetch_missing_bytes(&b, 1, false);
+	int code = bytes ? om_room_make_locked(st->store, st->group, bytes, false, &b, 1) : 0;
+
+	return code ? code : om_fetch_start_locked(st->store, &b, 1, OM_DEMAND);
+}
+
+/* Blocks kept plain, of more than `least` bytes: start them all, then take them one by one as they come. */
+static int load_plain_locked(struct om_stream *st, uint64_t least, uint64_t deadline_ns)
+{
+	int code = 0;
+
 	for (size_t i = 0; i < st->count && !code; i++) {
 		struct unit *u = &st->units[i];
 
-		for (size_t k = u->streamed_count; k < u->count && !code; k++) {
-			struct om_block *b = u->blocks[k];
-
-			if (b->host != OM_COPY_NONE)
-				continue;
-			code = om_room_make_locked(s, st->group, om_block_host_bytes(b), false,
-			                           NULL, 0);
-			code = code ? code : om_fetch_start_locked(s, &b, 1, OM_DEMAND);
-		}
+		for (size_t k = u->streamed_count; k < u->count && !code; k++)
+			if (u->blocks[k]->nbytes >= least && u->blocks[k]->host == OM_COPY_NONE)
+				code = start_kept_locked(st, u->blocks[k]);
 	}
 	if (code == OM_EAGAIN || code == OM_EBUSY)
 		code = 0; /* the leases below wait for room */
@@ -174,9 +187,152 @@ int om_stream_load(struct om_stream *st, uint64_t deadline_ns)
 		struct unit *u = &st->units[i];
 
 		for (size_t k = u->streamed_count; k < u->count && !code; k++)
-			if (!u->leases[k])
+			if (u->blocks[k]->nbytes >= least && !u->leases[k])
 				code = lease_unit_locked(st, u, k, 1, deadline_ns, NULL);
 	}
+	return code;
+}
+
+static bool kept_encoded(const struct unit *u, size_t k)
+{
+	return u->keep[k] == OM_KEEP_FAST || u->keep[k] == OM_KEEP_BALANCED;
+}
+
+static enum om_coding coding_of(const struct unit *u, size_t k)
+{
+	return u->keep[k] == OM_KEEP_FAST ? OM_CODING_FAST : OM_CODING_BALANCED;
+}
+
+/* The form is leased from now on, if the caller's lease of it is to stay. */
+static int keep_form_locked(struct om_stream *st, struct unit *u, size_t k, struct om_block *form)
+{
+	u->forms[k] = om_lease_make_locked(st->store, form, false);
+	if (!u->forms[k])
+		om_fetch_unlease_locked(st->store, form);
+	return u->forms[k] ? 0 : -ENOMEM;
+}
+
+/* A form that the block has already, if it is encoded as it should be. OM_EAGAIN: it is not. */
+static int keep_own_form_locked(struct om_stream *st, struct unit *u, size_t k,
+                                uint64_t deadline_ns)
+{
+	struct om_block *form = om_block_coded(u->blocks[k]);
+	enum om_coding coding;
+	uint64_t nbytes;
+	int code;
+
+	if (!form)
+		return OM_EAGAIN;
+	om_block_ref(form);
+	code = om_fetch_lease_locked(st->store, &form, 1, deadline_ns, NULL);
+	if (!code && !om_coded_info(form->body->data, form->nbytes, &nbytes, &coding) &&
+	    coding == coding_of(u, k))
+		code = keep_form_locked(st, u, k, form);
+	else if (!code) {
+		om_fetch_unlease_locked(st->store, form);
+		code = OM_EAGAIN;
+	}
+	om_block_unref(form);
+	return code;
+}
+
+/* Give up a block's plain bytes, and a form that is not kept. */
+static void forget_block_locked(struct om_stream *st, struct om_block *b)
+{
+	struct om_block *form = om_block_coded(b), *both[] = { b, form };
+
+	for (size_t i = 0; i < 2 && both[i]; i++) {
+		if (both[i]->leases || both[i]->body->holds)
+			continue;
+		if (both[i]->host == OM_COPY_VALID && om_block_clean(both[i]))
+			om_room_drop_locked(st->store, both[i]);
+		else if (both[i]->host == OM_COPY_FILLING)
+			om_fetch_cancel_locked(st->store, both[i]);
+	}
+}
+
+/* Read a block and encode it, unless it comes encoded. What would hardly be smaller is not kept. */
+static int load_encoded_locked(struct om_stream *st, struct unit *u, size_t k, uint64_t deadline_ns)
+{
+	struct om_block *b = u->blocks[k], *form = NULL;
+	int code = keep_own_form_locked(st, u, k, deadline_ns);
+
+	if (code != OM_EAGAIN)
+		return code;
+	code = om_fetch_lease_locked(st->store, &b, 1, deadline_ns, NULL);
+	if (code)
+		return code;
+	code = om_pack_encode_locked(st->store, b, coding_of(u, k), deadline_ns, &form);
+	if (form) {
+		om_block_lease(form);
+		code = keep_form_locked(st, u, k, form);
+		om_block_unref(form);
+	} else if (!code) {
+		u->keep[k] = OM_KEEP_NOTHING;
+	}
+	om_fetch_unlease_locked(st->store, b);
+	forget_block_locked(st, b);
+	return code;
+}
+
+struct place_of_block {
+	struct unit *u;
+	size_t k;
+};
+
+/* The next block that is to be kept encoded and is not yet, from `at` on. */
+static bool next_encoded(const struct om_stream *st, struct place_of_block *at)
+{
+	for (; at->u < st->units + st->count; at->u++, at->k = 0)
+		for (; at->k < at->u->streamed_count; at->k++)
+			if (kept_encoded(at->u, at->k) && !at->u->forms[at->k])
+				return true;
+	return false;
+}
+
+static int load_all_encoded_locked(struct om_stream *st, uint64_t deadline_ns)
+{
+	struct place_of_block at = { st->units, 0 };
+	int code = 0;
+
+	while (!code && next_encoded(st, &at)) {
+		struct place_of_block ahead = { at.u, at.k + 1 };
+
+		code = start_kept_locked(st, at.u->blocks[at.k]);
+		if (!code && next_encoded(st, &ahead)) /* it is read while this one is encoded */
+			code = start_kept_locked(st, ahead.u->blocks[ahead.k]);
+		if (!code || code == OM_EAGAIN || code == OM_EBUSY)
+			code = load_encoded_locked(st, at.u, at.k, deadline_ns);
+	}
+	return code;
+}
+
+/* Bytes of the largest block that is kept encoded. */
+static uint64_t largest_encoded(const struct om_stream *st)
+{
+	struct place_of_block at = { st->units, 0 };
+	uint64_t largest = 0;
+
+	for (; next_encoded(st, &at); at.k++)
+		largest = OM_MAX(largest, at.u->blocks[at.k]->nbytes);
+	return largest;
+}
+
+int om_stream_load(struct om_stream *st, uint64_t deadline_ns)
+{
+	struct om_store *s = st->store;
+	int code = om_store_enter(s);
+	uint64_t largest;
+
+	if (code)
+		return code;
+	/* Encoding takes the ring, and decoding what is kept plain takes its form beside it: so what is
+	 * larger than a slot comes first, while there is room, and what is smaller comes last. */
+	largest = largest_encoded(st);
+	if (largest)
+		code = load_plain_locked(st, largest, deadline_ns);
+	code = code ? code : load_all_encoded_locked(st, deadline_ns);
+	code = code ? code : load_plain_locked(st, 0, deadline_ns);
 	om_mutex_unlock(&s->lock);
 	return code;
 }
@@ -186,25 +342,20 @@ int om_stream_load(struct om_stream *st, uint64_t deadline_ns)
 /* Bytes that the unit's streamed blocks hold without being in use. */
 static bool speculated(const struct unit *u)
 {
-	for (size_t i = 0; i < u->streamed_count; i++)
-		if (u->blocks[i]->host != OM_COPY_NONE && !u->blocks[i]->leases)
+	for (size_t i = 0; i < u->streamed_count; i++) {
+		const struct om_block *b = u->blocks[i], *form = om_block_coded(b);
+
+		if ((b->host != OM_COPY_NONE && !b->leases) ||
+		    (form && form->host != OM_COPY_NONE && !form->leases))
 			return true;
+	}
 	return false;
 }
 
 static void forget_unit_locked(struct om_stream *st, struct unit *u)
 {
-	for (size_t i = 0; i < u->streamed_count; i++) {
-		struct om_block *b = u->blocks[i];
-
-		if (b->leases || b->body->holds)
-			continue;
-		if (b->host == OM_COPY_VALID && om_block_clean(b)) {
-			om_room_drop_locked(st->store, b);
-		} else if (b->host == OM_COPY_FILLING) {
-			om_fetch_cancel_locked(st->store, b);
-		}
-	}
+	for (size_t i = 0; i < u->streamed_count; i++)
+		forget_block_locked(st, u->blocks[i]);
 }
 
 /* Let go what was fetched ahead for units that are not among the next ones. Did it free any bytes
@@ -233,9 +384,11 @@ static bool room_now(const struct om_stream *st, uint64_t bytes)
 	       om_pool_fits(&st->store->pool, bytes);
 }
 
-/* Fetch the next units of the order into what room the ring has. */
-static void fetch_ahead_locked(struct om_stream *st)
+/* Fetch the next units of the order into what room the ring has. Forms are fetched, not decoded; when no
+ * unit is in use (`between`), what the next one decodes to has its room kept. */
+static void fetch_ahead_locked(struct om_stream *st, bool between)
 {
+	uint64_t kept = 0;
 	size_t foretold = 0;
 
 	for (size_t k = 0; k < st->count; k++) {
@@ -247,10 +400,12 @@ static void fetch_ahead_locked(struct om_stream *st)
 			return;
 		st->ahead[foretold++] = id;
 		u = &st->units[id];
-		bytes = om_fetch_missing_bytes(u->blocks, u->streamed_count);
+		bytes = om_fetch_missing_bytes(u->blocks, u->streamed_count, true);
+		if (between && !k)
+			kept = om_fetch_missing_bytes(u->blocks, u->streamed_count, false) - bytes;
 		if (!bytes)
 			continue;
-		while (!room_now(st, bytes))
+		while (!room_now(st, bytes + kept))
 			if (!drop_strays_locked(st, foretold))
 				return;
 		if (om_fetch_start_locked(st->store, u->blocks, u->streamed_count, OM_PREFETCH))
@@ -271,7 +426,7 @@ static int check_unit(const struct om_stream *st, size_t unit)
 static bool arrived(const struct unit *u)
 {
 	for (size_t i = 0; i < u->streamed_count; i++) {
-		const struct om_block *b = u->blocks[i];
+		const struct om_block *b = om_block_wanted(u->blocks[i]);
 
 		if (b->host == OM_COPY_NONE ||
 		    (b->host == OM_COPY_FILLING && !(b->body->move && b->body->move->landed)))
@@ -316,7 +471,7 @@ int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, boo
 			st->stats.enters++;
 			st->stats.hits += hit;
 			st->stats.mispredicted += !om_pattern_record(&st->pattern, (uint32_t)unit);
-			fetch_ahead_locked(st);
+			fetch_ahead_locked(st, false);
 		}
 	}
 	om_store_changed_locked(s);
@@ -335,7 +490,7 @@ static void release_unit_locked(struct om_stream *st, struct unit *u)
 	u->users = 0;
 	om_store_drain_locked(st->store);
 	forget_unit_locked(st, u);
-	fetch_ahead_locked(st);
+	fetch_ahead_locked(st, true);
 	om_store_changed_locked(st->store);
 }
 
@@ -397,8 +552,33 @@ int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret)
 		return code;
 	*ret = st->stats;
 	ret->read_bytes = st->group->read_bytes - st->read_bytes_before;
+	ret->decoded_bytes = st->group->decoded_bytes - st->decoded_bytes_before;
+	ret->packed_bytes = 0;
+	for (size_t i = 0; i < st->count; i++)
+		for (size_t k = 0; k < st->units[i].streamed_count; k++)
+			if (st->units[i].forms[k])
+				ret->packed_bytes += st->units[i].forms[k]->block->body->mem.bytes;
 	om_mutex_unlock(&st->store->lock);
 	return 0;
+}
+
+static void let_leases_go(struct unit *u)
+{
+	for (size_t k = 0; k < u->count && u->leases && u->forms; k++) {
+		if (u->leases[k])
+			om_lease_unref(u->leases[k]);
+		if (u->forms[k])
+			om_lease_unref(u->forms[k]);
+	}
+}
+
+/* What the stream has encoded goes where the bytes can be had from an origin. */
+static void end_unit_locked(struct om_stream *st, struct unit *u)
+{
+	forget_unit_locked(st, u);
+	for (size_t i = 0; i < u->streamed_count; i++)
+		if (u->forms[i] && om_block_has_origin(u->blocks[i]))
+			om_pack_drop_locked(st->store, u->blocks[i]);
 }
 
 void om_stream_free(struct om_stream *st)
@@ -410,13 +590,11 @@ void om_stream_free(struct om_stream *st)
 	s = st->store;
 	if (s->fork_generation == om_fork_generation()) {
 		for (size_t i = 0; i < st->count && st->units; i++)
-			for (size_t k = 0; k < st->units[i].count && st->units[i].leases; k++)
-				if (st->units[i].leases[k])
-					om_lease_unref(st->units[i].leases[k]);
+			let_leases_go(&st->units[i]);
 		if (st->opened &&
 		    !om_store_enter(s)) { /* drains; a closed store has no group any more */
 			for (size_t i = 0; i < st->count; i++)
-				forget_unit_locked(st, &st->units[i]);
+				end_unit_locked(st, &st->units[i]);
 			st->group->streams--;
 			om_mutex_unlock(&s->lock);
 		}

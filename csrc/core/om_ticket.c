@@ -31,19 +31,11 @@ static void settle_item_locked(struct om_ticket *t, struct item *it, int code)
 	}
 }
 
-/* What has to come to HOST: the block, or what a face has encoded it to. */
-static struct om_block *wanted(const struct item *it)
-{
-	struct om_block *b = it->block;
-
-	return b->host == OM_COPY_NONE && b->body->packed ? b->body->packed : b;
-}
-
 /* See what became of an item; start it if there is room. */
 static void look_locked(struct om_ticket *t, struct item *it)
 {
 	struct om_store *s = t->store;
-	struct om_block *b = wanted(it);
+	struct om_block *b = om_block_wanted(it->block);
 
 	if (it->settled)
 		return;
@@ -132,7 +124,7 @@ int om_store_prefetch(struct om_store *s, const char *const *names, size_t count
 static int wait_start_locked(struct om_ticket *t, struct item *it, uint64_t deadline_ns)
 {
 	struct om_store *s = t->store;
-	struct om_block *b = wanted(it);
+	struct om_block *b = om_block_wanted(it->block);
 	int code = 0;
 
 	if (b->host == OM_COPY_NONE)

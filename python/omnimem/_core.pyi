@@ -69,8 +69,19 @@ class Store:
         dtype: str | None = None,
         shape: _Shape | None = None,
         group: str | None = None,
+        decoded_nbytes: int | None = None,
     ) -> None:
-        """The block's bytes are ranges of files (or one: path, offset, nbytes), read in place."""
+        """The block's bytes are ranges of files (or one: path, offset, nbytes), read in place.
+
+        With `decoded_nbytes` they are encoded there, and decode to so many bytes.
+        """
+
+    def encode(self, name: str, coding: str = "fast", timeout: float | None = 30.0) -> int:
+        """Keep a lossless encoding ("fast" or "balanced") of the block's bytes in memory.
+
+        From then on it is decoded when the bytes are needed, and what is plain may go for nothing.
+        Returns its length; 0 when it would hardly be smaller and the block stays as it is.
+        """
 
     def lease(self, name: str, write: bool = False, timeout: float | None = 30.0) -> Lease:
         """Bring the bytes into memory and hold them.
@@ -265,13 +276,17 @@ class Ticket:
 
 @final
 class Stream:
-    """Units of blocks: resident ones stay in memory, streamed ones pass through a ring."""
+    """Units of blocks; of each it is kept in memory: 0 nothing, 1 its bytes, 2 or 3 a form of them.
+
+    The form is encoded fast (2) or balanced (3), and decoded while the unit is in use. What is not
+    kept plain passes through a ring.
+    """
 
     def __new__(
         cls,
         store: Store,
         group: str,
-        units: Iterable[tuple[str, Iterable[tuple[str, bool]]]],
+        units: Iterable[tuple[str, Iterable[tuple[str, int]]]],
     ) -> Self: ...
     def load(self, timeout: float | None = None) -> None:
         """Read the resident blocks and keep them."""

@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -144,7 +144,7 @@ class StoreStats:
     disk: TierStats
     """The swap file; files that are read in place do not count."""
     packed: TierStats = TierStats()
-    """RAM, losslessly encoded: not in use by this version, so all zero."""
+    """Of `host`: encoded forms of blocks, in use; the limit and the peak are those of both."""
     gpu: Mapping[str, TierStats] = field(default_factory=lambda: MappingProxyType({}))
     """By device."""
     exported_bytes: int
@@ -271,6 +271,7 @@ class Store(_core.Store):
         values: dict[str, Any] = self._stats()
         values["host"] = TierStats(*values["host"])
         values["disk"] = TierStats(*values["disk"])
+        values["packed"] = replace(values["host"], used_bytes=values.pop("packed_bytes"))
         return StoreStats(**values)
 
     def group_stats(self, group: str = "default") -> GroupStats:

@@ -306,7 +306,7 @@ static void origins_and_rows(void)
 	CHECK_EQ(om_store_add_file(
 			 s, "f", "c",
 			 (struct om_file_range[]){ { path, 0, 300000 }, { path, 300000, 200000 } },
-			 2, &matrix),
+			 2, OM_NOT_ENCODED, &matrix),
 	         0);
 	CHECK_EQ(om_store_get_now(s, "c", "f", &l), OM_EAGAIN);
 	CHECK_EQ(om_store_get_rows(s, "c", "f", &matrix, some, 4, SOON, &l, &offset), 0);
@@ -354,7 +354,7 @@ static void origins_and_rows(void)
 	CHECK(holds(l, 'f'));
 	om_lease_unref(l);
 	CHECK_EQ(truncate(path, 1000), 0);
-	CHECK_EQ(om_store_add_file(s, "t", "c", &(struct om_file_range){ path, 0, 1000 }, 1, NULL),
+	CHECK_EQ(om_store_add_file(s, "t", "c", &(struct om_file_range){ path, 0, 1000 }, 1, OM_NOT_ENCODED, NULL),
 	         0);
 	CHECK_EQ(truncate(path, 10), 0);
 	CHECK(om_store_get(s, "c", "t", SOON, &l) < 0 && strstr(om_err_last()->text, path));

@@ -286,7 +286,7 @@ static struct om_store *open_store(const char *dir, const char *path, bool with_
 		struct om_file_range r = { path, i * PIECE, PIECE };
 
 		snprintf(name, sizeof(name), "b%d", (int)i);
-		CHECK_EQ(om_store_add_file(s, name, "g", &r, 1, NULL), 0);
+		CHECK_EQ(om_store_add_file(s, name, "g", &r, 1, OM_NOT_ENCODED, NULL), 0);
 	}
 	return s;
 }

@@ -144,7 +144,7 @@ static void speculation_is_counted(void)
 static void slices_count_once(void)
 {
 	const char *names[] = { "a", "b" };
-	struct om_stream_unit unit = { "u", names, (const bool[]){ false, false }, 2 };
+	struct om_stream_unit unit = { "u", names, (const uint8_t[]){ 0, 0 }, 2 };
 	struct om_store *s = open_store(4 << 20, 32 << 20);
 	struct om_stats stats;
 	struct om_stream *st;

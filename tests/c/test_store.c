@@ -105,11 +105,11 @@ static void read_in_place(void)
 	memcpy(joined, image + 100, 5000);
 	memcpy(joined + 5000, image + 1000000, 777);
 	memcpy(joined + 5777, image + 3000001, 70001);
-	CHECK(om_store_add_file(s, "one", NULL, &one, 1, NULL) == 0);
-	CHECK(om_store_add_file(s, "one", NULL, &one, 1, NULL) == OM_EVALUE);
-	CHECK(om_store_add_file(s, "three", NULL, three, 3, NULL) == 0);
-	CHECK(om_store_add_file(s, "none", NULL, &none, 1, NULL) == 0);
-	CHECK(om_store_add_file(s, "beyond", NULL, &beyond, 1, NULL) == OM_EVALUE);
+	CHECK(om_store_add_file(s, "one", NULL, &one, 1, OM_NOT_ENCODED, NULL) == 0);
+	CHECK(om_store_add_file(s, "one", NULL, &one, 1, OM_NOT_ENCODED, NULL) == OM_EVALUE);
+	CHECK(om_store_add_file(s, "three", NULL, three, 3, OM_NOT_ENCODED, NULL) == 0);
+	CHECK(om_store_add_file(s, "none", NULL, &none, 1, OM_NOT_ENCODED, NULL) == 0);
+	CHECK(om_store_add_file(s, "beyond", NULL, &beyond, 1, OM_NOT_ENCODED, NULL) == OM_EVALUE);
 	for (int i = 0; i < 3; i++) {
 		expect_bytes(s, "one", image + 12345, 1500000);
 		expect_bytes(s, "three", joined, 75778);
@@ -161,7 +161,7 @@ static void moved_without_a_hash(void)
 	memcpy(joined, image + 4095, 1200003);
 	memcpy(joined + 1200003, image + 1300001, 900000);
 	CHECK_EQ(om_store_create(&c, &s), 0);
-	CHECK_EQ(om_store_add_file(s, "two", NULL, two, 2, NULL), 0);
+	CHECK_EQ(om_store_add_file(s, "two", NULL, two, 2, OM_NOT_ENCODED, NULL), 0);
 	for (int i = 0; i < 2; i++) {
 		expect_bytes(s, "two", joined, 2100003);
 		CHECK_EQ(om_store_evict(s, "two", SOON), 1);
@@ -205,7 +205,8 @@ static int faulty_run(enum om_fault point, uint64_t nth, bool sticky)
 	}
 	added[0] = added[0] && om_store_contains(s, "b0");
 	/* The first fill of an origin is what later ones are compared with: a flip in it goes unseen. */
-	bool file = point != OM_FAULT_FLIP && !om_store_add_file(s, "file", NULL, &range, 1, NULL);
+	bool file = point != OM_FAULT_FLIP &&
+	            !om_store_add_file(s, "file", NULL, &range, 1, OM_NOT_ENCODED, NULL);
 	for (int i = 0; i < 5; i++) {
 		struct om_lease *l;
 
@@ -275,7 +276,7 @@ static void tickets(void)
 	for (int i = 0; i < 3; i++) {
 		struct om_file_range r = { path, (uint64_t)i * 1000003, 1000000 };
 
-		CHECK(om_store_add_file(s, names[i], NULL, &r, 1, NULL) == 0);
+		CHECK(om_store_add_file(s, names[i], NULL, &r, 1, OM_NOT_ENCODED, NULL) == 0);
 	}
 	CHECK(om_store_prefetch(s, names, 2, &t) == 0);
 	CHECK(om_ticket_wait(t, SOON) == 0 && om_ticket_done(t));

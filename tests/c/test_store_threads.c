@@ -116,7 +116,7 @@ static int add(struct worker *w, int i)
 
 	name_of(i, name);
 	if (i < FILES)
-		return om_store_add_file(w->store, name, "files", &r, 1, NULL);
+		return om_store_add_file(w->store, name, "files", &r, 1, OM_NOT_ENCODED, NULL);
 	fill(w->words, i, om_test_random(&w->seed) >> 8);
 	return om_store_add(w->store, name, NULL, w->words, WORDS(i) * 8, NULL, SOON);
 }
@@ -352,7 +352,7 @@ static void removed_while_its_file_is_looked_at(void)
 		uint64_t until;
 		struct om_ticket *t;
 
-		CHECK_EQ(om_store_add_file(s, "brief", NULL, &r, 1, NULL), 0);
+		CHECK_EQ(om_store_add_file(s, "brief", NULL, &r, 1, OM_NOT_ENCODED, NULL), 0);
 		CHECK_EQ(om_store_prefetch(s, names, 1, &t), 0);
 		until = om_now() + om_test_random(&seed) % 40000;
 		while (om_now() < until)
@@ -389,8 +389,8 @@ static void close_under_waiters(void)
 	struct om_lease *held;
 	pthread_t waiters[4];
 
-	CHECK_EQ(om_store_add_file(s, "big1", NULL, &r, 1, NULL), 0);
-	CHECK_EQ(om_store_add_file(s, "big2", NULL, &r, 1, NULL), 0);
+	CHECK_EQ(om_store_add_file(s, "big1", NULL, &r, 1, OM_NOT_ENCODED, NULL), 0);
+	CHECK_EQ(om_store_add_file(s, "big2", NULL, &r, 1, OM_NOT_ENCODED, NULL), 0);
 	CHECK_EQ(om_store_lease(s, "big1", false, SOON, &held), 0);
 	for (int t = 0; t < 4; t++)
 		CHECK(pthread_create(&waiters[t], NULL, t < 3 ? wait_for_room : wait_to_write, s) ==

@@ -82,7 +82,7 @@ static void lay_out(struct model *m, size_t units)
 
 static int try_open(struct model *m, size_t units, const char *file_of_unit_2)
 {
-	static const bool resident[BLOCKS] = { false, false, true };
+	static const uint8_t resident[BLOCKS] = { OM_KEEP_NOTHING, OM_KEEP_NOTHING, OM_KEEP_PLAIN };
 	struct om_stream_unit list[MAX_UNITS];
 	const char *names[MAX_UNITS][BLOCKS];
 	struct om_store_config c = { .directory = dir, .backend = backend };
@@ -101,7 +101,8 @@ static int try_open(struct model *m, size_t units, const char *file_of_unit_2)
 			struct om_file_range r = { u == 2 && file_of_unit_2 ? file_of_unit_2 : path,
 				                   m->offset[u][b], m->nbytes[u][b] };
 
-			code = om_store_add_file(m->store, m->names[u][b], "model", &r, 1, NULL);
+			code = om_store_add_file(m->store, m->names[u][b], "model", &r, 1,
+			                         OM_NOT_ENCODED, NULL);
 			names[u][b] = m->names[u][b];
 		}
 		list[u] = (struct om_stream_unit){ m->unit_names[u], names[u], resident, BLOCKS };
@@ -224,7 +225,7 @@ static void cycles_read_each_byte_once(void)
 /* A unit that is wholly resident is in no forecast: its use is not missed by one. */
 static void resident_unit_is_not_foretold(void)
 {
-	static const bool streamed[BLOCKS] = { false, false, true },
+	static const uint8_t streamed[BLOCKS] = { 0, 0, 1 },
 			  whole[BLOCKS] = { true, true, true };
 	struct om_stream_unit list[6];
 	const char *names[6][BLOCKS];
@@ -385,7 +386,7 @@ static void deadline_slices(void)
 static void misuse(void)
 {
 	struct om_stream *none;
-	struct om_stream_unit unit = { "unit", (const char *[]){ "u0.b0" }, (bool[]){ false }, 1 };
+	struct om_stream_unit unit = { "unit", (const char *[]){ "u0.b0" }, (const uint8_t[]){ 0 }, 1 };
 	struct model m;
 	bool bind, unbind;
 
