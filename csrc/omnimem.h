@@ -40,6 +40,9 @@ struct om_desc {
 	int64_t shape[OM_MAX_NDIM];
 };
 
+/* How bytes are encoded, losslessly: FAST is a fixed-rate code of exponents, BALANCED a dense one. */
+enum om_coding { OM_CODING_NONE, OM_CODING_FAST, OM_CODING_BALANCED };
+
 /* ---- store ---- */
 
 enum om_verify { OM_VERIFY_ALWAYS, OM_VERIFY_FIRST };
@@ -112,10 +115,13 @@ struct om_cache_config {
 int om_store_cache(struct om_store *s, const char *group, const struct om_cache_config *config);
 /* Copy an entry in. It replaces one of the same name in a single step: who asks for the name gets the bytes
  * of one of the two, and who holds the former ones keeps them. Room is made as told above, no more than is
- * needed; the former bytes count as room. 1: it is there; 0: its name was not put often enough; OM_ELIMIT:
+ * needed; the former bytes count as room. With `coding` it is kept as om_encode makes it of the caller's
+ * bytes, where that is smaller and could be there decoded too; for whom it is decoded it is plain as
+ * long as they hold it, and then until its room is needed. 1: it is there; 0: its name was not put often enough; OM_ELIMIT:
  * more bytes than the limit; OM_EVALUE: the group is no cache, another group has the name. */
 int om_store_put(struct om_store *s, const char *name, const char *group, const void *data,
-                 uint64_t nbytes, const struct om_desc *desc, uint64_t deadline_ns);
+                 uint64_t nbytes, const struct om_desc *desc, enum om_coding coding,
+                 uint64_t deadline_ns);
 /* As om_store_lease for reading, of an entry of a cache. OM_ENAME (no error is set): there is none; it
  * counts as a miss of the group. */
 int om_store_get(struct om_store *s, const char *group, const char *name, uint64_t deadline_ns,
@@ -493,9 +499,6 @@ enum om_level om_pressure_feed(struct om_pressure *p, double usage);
 int om_pressure_trend(struct om_pressure *p);
 
 /* ---- codec ---- */
-
-/* How bytes are encoded, losslessly: FAST is a fixed-rate code of exponents, BALANCED a dense one. */
-enum om_coding { OM_CODING_NONE, OM_CODING_FAST, OM_CODING_BALANCED };
 
 #define OM_CODED_PART UINT64_C(262144) /* plain bytes that are encoded on their own */
 

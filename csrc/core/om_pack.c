@@ -268,9 +268,8 @@ int om_block_unpack(struct om_store *s, struct om_block *b, const void *data, ui
 
 /* ---- forms that the core makes ---- */
 
-/* Memory for bytes that are made without the lock: a segment of its own, of that size. */
-static int loose_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
-                        uint64_t deadline_ns, struct om_extent *ret)
+int om_pack_loose_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
+                         uint64_t deadline_ns, struct om_extent *ret)
 {
 	int code;
 
@@ -287,14 +286,14 @@ static int loose_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
 	return code;
 }
 
-static void free_loose_locked(struct om_store *s, struct om_extent *mem)
+void om_pack_free_loose_locked(struct om_store *s, struct om_extent *mem)
 {
 	s->loose_bytes -= mem->segment ? mem->bytes : 0;
 	om_pool_free(&s->pool, mem);
 }
 
 /* Decode the form and compare it with the bytes that it was made of, a part at a time. */
-static int compare_form(const struct om_block *b, const struct om_coded *coded)
+static int compare_form(const struct om_block *b, const uint8_t *data, const struct om_coded *coded)
 {
 	uint8_t *part = om_alloc(1, OM_CODED_PART);
 	int code = part ? 0 : -ENOMEM;
@@ -303,7 +302,7 @@ static int compare_form(const struct om_block *b, const struct om_coded *coded)
 		uint64_t at = i * OM_CODED_PART, n = OM_MIN(OM_CODED_PART, b->nbytes - at);
 
 		code = om_coded_part(coded, i, 1, (uint8_t *)((uintptr_t)part - at));
-		if (!code && memcmp(part, b->body->data + at, n))
+		if (!code && memcmp(part, data + at, n))
 			code = om_err(OM_ECORRUPT,
 			              "block '%s': what its bytes were encoded to decodes "
 			              "to others; it stays as it is",
@@ -313,17 +312,16 @@ static int compare_form(const struct om_block *b, const struct om_coded *coded)
 	return code;
 }
 
-/* No lock. *ret_bytes 0: not worth it. */
-static int encode(const struct om_block *b, enum om_coding coding, struct om_extent mem,
-                  struct om_coded *ret)
+int om_pack_encode(const struct om_block *b, const void *data, enum om_coding coding,
+                   struct om_extent mem, struct om_coded *ret)
 {
-	int code = om_encode(b->body->data, b->nbytes, &b->body->desc, coding, mem.ptr, mem.bytes,
-	                     &ret->bytes);
+	int code =
+		om_encode(data, b->nbytes, &b->body->desc, coding, mem.ptr, mem.bytes, &ret->bytes);
 
 	if (code || !ret->bytes)
 		return code;
 	code = om_coded_open(mem.ptr, ret->bytes, ret);
-	return code ? code : compare_form(b, ret);
+	return code ? code : compare_form(b, data, ret);
 }
 
 /* The form in `scratch` becomes the block's, in memory of just its size. */
@@ -338,7 +336,7 @@ static int keep_form_locked(struct om_store *s, struct om_block *b, const struct
 		              "block '%s': the bytes in memory differ from those stored: somebody "
 		              "wrote to a view that was for reading",
 		              b->name);
-	code = loose_locked(s, b->group, coded->bytes, deadline_ns, &mem);
+	code = om_pack_loose_locked(s, b->group, coded->bytes, deadline_ns, &mem);
 	if (code)
 		return code;
 	om_mutex_unlock(&s->lock);
@@ -364,7 +362,8 @@ int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding
 	struct om_extent scratch = { 0 };
 	struct om_coded coded = { 0 };
 	unsigned shares = b->body->shares;
-	int code = loose_locked(s, b->group, om_encode_bound(b->nbytes), deadline_ns, &scratch);
+	int code = om_pack_loose_locked(s, b->group, om_encode_bound(b->nbytes), deadline_ns,
+	                                &scratch);
 
 	*ret = NULL;
 	if (code)
@@ -372,7 +371,7 @@ int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding
 	b->body->holds++; /* nobody writes alone meanwhile */
 	s->inside++;
 	om_mutex_unlock(&s->lock);
-	code = encode(b, coding, scratch, &coded);
+	code = om_pack_encode(b, b->body->data, coding, scratch, &coded);
 	om_mutex_lock(&s->lock);
 	if (!code && s->closing)
 		code = om_err(OM_ECLOSED, "the store was closed meanwhile");
@@ -383,7 +382,7 @@ int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding
 		code = keep_form_locked(s, b, &coded, deadline_ns);
 	b->body->holds--;
 	s->inside--;
-	free_loose_locked(s, &scratch);
+	om_pack_free_loose_locked(s, &scratch);
 	if (!code && coded.bytes) {
 		*ret = b->body->packed;
 		om_block_ref(*ret);

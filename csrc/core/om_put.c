@@ -4,6 +4,9 @@
  * An entry takes its name as soon as there is memory for it and nothing can fail any more but a close of
  * the store; its bytes are copied without the lock, under a lease of the thread that puts, and who asks
  * meanwhile waits for that. So the former entry's memory can be room for the new one.
+ *
+ * One that is encoded is whole before it takes its name. While it is made its memory, which has pages as far as
+ * it is written, is no entry's and in no limit but the store's.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -67,8 +70,9 @@ int om_store_cache(struct om_store *s, const char *group, const struct om_cache_
 struct put {
 	struct om_store *s;
 	struct om_group *g;
-	struct om_block *b; /* the new record */
-	struct om_extent mem;
+	struct om_block *b;    /* the new record */
+	struct om_extent mem;  /* of its bytes, or of what they are encoded to */
+	struct om_coded coded; /* bytes 0: they are not */
 	uint64_t deadline_ns;
 };
 
@@ -94,12 +98,13 @@ static bool reusable(const struct om_block *old, uint64_t bytes)
 /* One try to get memory: 0, with the lock held since; OM_ROOM_STEP, OM_EAGAIN, OM_EBUSY: look again. */
 static int try_reserve_locked(struct put *p, struct om_block *old)
 {
-	uint64_t bytes = om_block_host_bytes(p->b), back = om_block_entry_bytes(old);
-	bool reuse = reusable(old, bytes);
-	int code = om_room_step_locked(p->s, p->g, reuse ? 0 : bytes, bytes - OM_MIN(bytes, back),
-	                               true, &old, old ? 1 : 0);
+	uint64_t bytes = p->coded.bytes ? p->mem.bytes : om_block_host_bytes(p->b);
+	uint64_t back = om_block_entry_bytes(old);
+	bool reuse = !p->coded.bytes && reusable(old, bytes);
+	int code = om_room_step_locked(p->s, p->g, reuse || p->coded.bytes ? 0 : bytes,
+	                               bytes - OM_MIN(bytes, back), true, &old, old ? 1 : 0);
 
-	if (code)
+	if (code || p->coded.bytes)
 		return code;
 	if (reuse) {
 		p->mem = om_block_host_cede(old);
@@ -144,16 +149,27 @@ static int reserve_locked(struct put *p, struct om_block **ret_old)
 	}
 }
 
-/* The new entry is the one of its name: nothing here can fail. */
-static void take_name_locked(struct put *p, struct om_block *old)
+/* The new entry is the one of its name: nothing can fail once there is room in the table. */
+static int take_name_locked(struct put *p, struct om_block *old)
+{
+	int code;
+
+	if (old) {
+		p->b->accesses += OM_MIN(old->accesses, UINT32_MAX - p->b->accesses);
+		om_store_forget_locked(p->s, old);
+	}
+	code = om_table_insert(&p->s->table, p->b);
+	if (!code)
+		om_tally_forget(p->g->tally, p->b->name_hash);
+	return code;
+}
+
+/* Its bytes are on their way. */
+static void begin_fill_locked(struct put *p)
 {
 	struct om_store *s = p->s;
 	struct om_block *b = p->b;
 
-	if (old) {
-		b->accesses += OM_MIN(old->accesses, UINT32_MAX - b->accesses);
-		om_store_forget_locked(s, old);
-	}
 	om_block_access(b);
 	om_block_fill_begin(b, p->mem);
 	om_block_lease(b); /* it cannot be a victim before it is whole */
@@ -196,18 +212,81 @@ static int put_locked(struct put *p, const void *data)
 
 	if (code)
 		return code;
-	/* One more name may need a larger table: before anything is lost. */
-	if (!old)
-		code = om_table_insert(&p->s->table, p->b);
+	code = take_name_locked(p, old); /* instead of another one it cannot fail */
 	if (code) {
 		om_pool_free(&p->s->pool, &p->mem);
 		return code;
 	}
-	take_name_locked(p, old);
-	if (old)
-		om_table_insert(&p->s->table, p->b);
-	om_tally_forget(p->g->tally, p->b->name_hash);
+	begin_fill_locked(p);
 	return fill_locked(p, data);
+}
+
+/* ---- encoded entries ---- */
+
+/* Encode the caller's bytes, in memory that is in no limit of the group before it is of its final size. What
+ * could not be in the cache encoded and decoded at once stays plain. */
+static int encode_locked(struct put *p, const void *data, enum om_coding coding)
+{
+	struct om_store *s = p->s;
+	uint64_t plain = om_block_host_bytes(p->b);
+	int code = om_pack_loose_locked(s, p->g->rows, om_encode_bound(p->b->nbytes),
+	                                p->deadline_ns, &p->mem);
+
+	if (code) /* what the store has no room to encode stays plain */
+		return code == OM_ELIMIT ? 0 : code;
+	om_mutex_unlock(&s->lock);
+	code = om_pack_encode(p->b, data, coding, p->mem, &p->coded);
+	om_mutex_lock(&s->lock);
+	if (!code && s->closing)
+		code = om_err(OM_ECLOSED, "the store was closed meanwhile");
+	if (om_up(p->coded.bytes, OM_PAGE) + plain > p->g->limit_bytes)
+		p->coded.bytes = 0;
+	if (code || !p->coded.bytes) {
+		om_pack_free_loose_locked(s, &p->mem);
+		p->coded.bytes = 0;
+		return code;
+	}
+	s->loose_bytes -= p->mem.bytes;
+	om_pool_cut(&s->pool, &p->mem, p->coded.bytes);
+	s->loose_bytes += p->mem.bytes;
+	return 0;
+}
+
+static void adopt_form_locked(struct put *p, struct om_block *form)
+{
+	struct om_block *b = p->b;
+
+	p->s->loose_bytes -= p->mem.bytes;
+	om_block_access(b);
+	om_block_access(form);
+	om_block_fill_begin(form, p->mem);
+	om_block_fill_end(form);
+	b->blank = false;
+	b->body->codec = OM_CODEC_CORE;
+	b->body->hash = p->coded.hash;
+	b->body->hash_known = b->body->verified = true;
+	om_block_set_packed(b, form);
+	om_shed_trim_locked(p->s, p->g, 0);
+	om_store_changed_locked(p->s);
+}
+
+static int put_coded_locked(struct put *p)
+{
+	struct om_block *old = NULL, *form = NULL;
+	int code = reserve_locked(p, &old);
+
+	code = code ? code : om_pack_make_inner_locked(p->s, p->b, p->coded.bytes, &form);
+	code = code ? code : take_name_locked(p, old);
+	if (!code) {
+		adopt_form_locked(p, form);
+		return 0;
+	}
+	if (form) {
+		om_block_unref(form);
+		om_block_retire(form);
+	}
+	om_pack_free_loose_locked(p->s, &p->mem);
+	return code;
 }
 
 static int too_large(const struct om_group *g, const struct om_block *b)
@@ -240,7 +319,8 @@ static int begin_locked(struct put *p, const char *name, uint64_t nbytes,
 }
 
 int om_store_put(struct om_store *s, const char *name, const char *group, const void *data,
-                 uint64_t nbytes, const struct om_desc *desc, uint64_t deadline_ns)
+                 uint64_t nbytes, const struct om_desc *desc, enum om_coding coding,
+                 uint64_t deadline_ns)
 {
 	struct put p = { .s = s, .deadline_ns = deadline_ns };
 	int code = om_store_enter_group(s, group, &p.g);
@@ -255,7 +335,9 @@ int om_store_put(struct om_store *s, const char *name, const char *group, const 
 	code = often_enough(p.g, name, om_table_find(&s->table, name));
 	if (code == 1) {
 		s->adding++;
-		code = put_locked(&p, data);
+		code = coding == OM_CODING_NONE ? 0 : encode_locked(&p, data, coding);
+		if (!code)
+			code = p.coded.bytes ? put_coded_locked(&p) : put_locked(&p, data);
 		s->adding--;
 		if (!code)
 			return om_store_leave(s, 1);

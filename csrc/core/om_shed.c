@@ -123,7 +123,14 @@ int om_shed_oldest_locked(struct om_store *s, struct om_group *g, struct om_bloc
 	struct om_block *b = g->doubled ? om_group_victim(g, is_double, &wish) : NULL;
 
 	b = b ? b : om_group_oldest(g, may_shed, &wish);
-	return b ? om_shed_locked(s, b) : OM_EAGAIN;
+	if (!b)
+		return OM_EAGAIN;
+	if (b->inner && !om_block_clean(b)) { /* the held plain copy of the same entry goes first */
+		struct om_block *e = entry_of(s, b);
+
+		b = e->host == OM_COPY_VALID && om_block_clean(e) ? e : b;
+	}
+	return om_shed_locked(s, b);
 }
 
 void om_shed_trim_locked(struct om_store *s, const struct om_group *g, uint64_t bytes)

@@ -198,6 +198,15 @@ void om_pack_forget_origin_locked(struct om_store *s, struct om_block *b);
 /* A record for an encoded form, on the store's list, with a reference for its owner. */
 int om_pack_make_inner_locked(struct om_store *s, struct om_block *owner, uint64_t nbytes,
                               struct om_block **ret);
+/* Memory for bytes that are made without the lock, and are no block's yet: a segment of its own, of that
+ * size. Counted in loose_bytes. */
+int om_pack_loose_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
+                         uint64_t deadline_ns, struct om_extent *ret);
+void om_pack_free_loose_locked(struct om_store *s, struct om_extent *mem);
+/* Encode bytes that are, or are to be, those of a block, and decode the result to compare it. ret->bytes 0: it
+ * would hardly be smaller. Without the lock. */
+int om_pack_encode(const struct om_block *b, const void *data, enum om_coding coding,
+                   struct om_extent mem, struct om_coded *ret);
 /* Encode the bytes of a block that the caller leases, and keep the form in HOST beside them: a fill is
  * decoded from it from now on. *ret: the form, a reference; NULL: it would hardly be smaller. Gives up the
  * lock. */

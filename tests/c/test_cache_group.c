@@ -52,7 +52,7 @@ static struct om_group_stats stats(struct om_store *s)
 static int put(struct om_store *s, const char *name, uint64_t pages, int value)
 {
 	memset(data, value, pages * PAGE);
-	return om_store_put(s, name, "c", data, pages * PAGE, NULL, SOON);
+	return om_store_put(s, name, "c", data, pages * PAGE, NULL, OM_CODING_NONE, SOON);
 }
 
 static bool holds(const struct om_lease *l, int value)
@@ -123,8 +123,8 @@ static void oldest_go_first_held_or_not(void)
 	CHECK_EQ(put(s, "x", 5, 'x'), OM_ELIMIT);
 	CHECK_EQ(om_err_last()->need, 5 * PAGE);
 	order(s, "efa");
-	CHECK_EQ(om_store_put(s, "", "c", data, 1, NULL, SOON), OM_EVALUE);
-	CHECK_EQ(om_store_put(s, "x", "other", data, 1, NULL, SOON), OM_EVALUE);
+	CHECK_EQ(om_store_put(s, "", "c", data, 1, NULL, OM_CODING_NONE, SOON), OM_EVALUE);
+	CHECK_EQ(om_store_put(s, "x", "other", data, 1, NULL, OM_CODING_NONE, SOON), OM_EVALUE);
 	CHECK_EQ(om_store_add(s, "x", "other", data, 1, NULL, SOON), 0);
 	CHECK_EQ(put(s, "x", 1, 0), OM_EVALUE);
 	CHECK_EQ(om_store_get_now(s, "c", "x", &none), OM_ENAME);
@@ -171,7 +171,7 @@ static void the_same_name_replaces(void)
 	CHECK_EQ(e[0].nbytes, PAGE);
 	om_entries_free(e, count);
 	CHECK_EQ(om_store_remove(s, "b"), 0);
-	CHECK_EQ(om_store_put(s, "z", "c", NULL, 0, NULL, SOON), 1);
+	CHECK_EQ(om_store_put(s, "z", "c", NULL, 0, NULL, OM_CODING_NONE, SOON), 1);
 	touch(s, "z");
 	om_store_unref(s);
 }
@@ -354,7 +354,8 @@ static void origins_and_rows(void)
 	CHECK(holds(l, 'f'));
 	om_lease_unref(l);
 	CHECK_EQ(truncate(path, 1000), 0);
-	CHECK_EQ(om_store_add_file(s, "t", "c", &(struct om_file_range){ path, 0, 1000 }, 1, OM_NOT_ENCODED, NULL),
+	CHECK_EQ(om_store_add_file(s, "t", "c", &(struct om_file_range){ path, 0, 1000 }, 1,
+	                           OM_NOT_ENCODED, NULL),
 	         0);
 	CHECK_EQ(truncate(path, 10), 0);
 	CHECK(om_store_get(s, "c", "t", SOON, &l) < 0 && strstr(om_err_last()->text, path));
@@ -470,7 +471,132 @@ static void at_random(void)
 	}
 }
 
-static void nothing_is_lost_when_memory_is_short(void)
+/* ---- encoded ---- */
+
+static const struct om_desc bf16 = { .code = 4, .bits = 16, .lanes = 1, .ndim = 1, .shape = { 0 } };
+
+/* Weights of about one size: so many pages of bfloat16. */
+static void weights(uint64_t pages, unsigned long long seed)
+{
+	uint16_t *to = (uint16_t *)(void *)data;
+
+	seed = seed * 2654435761u + 1;
+	for (uint64_t i = 0; i < pages * PAGE / 2; i++) {
+		unsigned long long r = om_test_random(&seed);
+
+		to[i] = (uint16_t)((r & 0x807f) | (120 + (r >> 16) % 6) << 7);
+	}
+}
+
+static int put_coded(struct om_store *s, const char *name, uint64_t pages, unsigned long long seed)
+{
+	struct om_desc desc = bf16;
+
+	desc.shape[0] = (int64_t)(pages * PAGE / 2);
+	weights(pages, seed);
+	return om_store_put(s, name, "c", data, pages * PAGE, &desc, OM_CODING_FAST, SOON);
+}
+
+static bool holds_weights(const struct om_lease *l, unsigned long long seed)
+{
+	weights(om_lease_nbytes(l) / PAGE, seed);
+	return memcmp(om_lease_data(l), data, om_lease_nbytes(l)) == 0;
+}
+
+static void entries_are_kept_encoded(void)
+{
+	struct om_store *s = open_cache(200 * PAGE, 0, 0);
+	struct om_lease *l, *m;
+	struct om_entry *e;
+	uint64_t form;
+	size_t count;
+
+	CHECK_EQ(put_coded(s, "a", 100, 1), 1);
+	form = stats(s).host_bytes;
+	CHECK(form > 50 * PAGE && form < 75 * PAGE);
+	CHECK_EQ(stats(s).packed_bytes, form);
+	CHECK_EQ(stats(s).host_peak_bytes, form); /* no plain copy beside it */
+	CHECK_EQ(om_store_get_now(s, "c", "a", &l), OM_EAGAIN);
+	l = get(s, "a");
+	CHECK(holds_weights(l, 1));
+	CHECK_EQ(stats(s).host_bytes, form + 100 * PAGE);
+	CHECK_EQ(stats(s).traffic.hits, 1);
+	om_lease_unref(l);
+	CHECK_EQ(om_store_get_now(s, "c", "a", &l), 0); /* there is room for it */
+	om_lease_unref(l);
+	CHECK_EQ(put_coded(s, "b", 100, 2), 1); /* which others need now */
+	CHECK_EQ(stats(s).host_bytes, 2 * form);
+	CHECK_EQ(stats(s).evictions, 0);
+	l = get(s, "a"); /* 100 + 68 fit, beside 68 not: b goes, being older */
+	order(s, "a");
+	CHECK_EQ(put_coded(s, "b", 100, 3), 1); /* a stays, what is held of it counts no more */
+	order(s, "ab");
+	CHECK_EQ(stats(s).host_bytes, 2 * form);
+	CHECK_EQ(stats(s).gone_bytes, 100 * PAGE);
+	memset(om_lease_data(l), 7, 500); /* what a consumer does to its bytes is nobody else's */
+	m = get(s, "a");
+	CHECK(holds_weights(m, 1) && om_lease_data(m) != om_lease_data(l));
+	om_lease_unref(l);
+	om_lease_unref(m);
+	CHECK_EQ(put_coded(s, "a", 130, 4), 1); /* 130 and 87 are more than 200: plain */
+	CHECK_EQ(stats(s).packed_bytes, 0);
+	CHECK_EQ(put_coded(s, "a", 100, 5), 1);
+	CHECK_EQ(om_store_entries(s, "c", &e, &count), 0);
+	CHECK_EQ(count, 1);
+	CHECK_EQ(e[0].packed_bytes, form);
+	CHECK_EQ(e[0].plain_bytes, 0);
+	om_entries_free(e, count);
+	CHECK_EQ(om_store_cache(s, "c", &(struct om_cache_config){ 120 * PAGE, 0, 0 }), 0);
+	CHECK_EQ(om_store_get(s, "c", "a", SOON, &l), OM_ELIMIT);
+	CHECK_EQ(om_store_remove(s, "a"), 0);
+	CHECK_EQ(stats(s).host_bytes, 0);
+	for (uint64_t i = 0; i < 50 * PAGE; i++)
+		data[i] = (uint8_t)(i * i >> 3 ^ i * 2654435761u >> 7);
+	CHECK_EQ(om_store_put(s, "n", "c", data, 50 * PAGE, NULL, OM_CODING_FAST, SOON), 1);
+	CHECK_EQ(stats(s).packed_bytes, 0); /* not worth it */
+	om_store_unref(s);
+}
+
+static void encoded_at_random(void)
+{
+	struct om_store *s = open_cache(400 * PAGE, 2, 0);
+	struct om_lease *held[HELD] = { NULL };
+	unsigned long long seed = 4711, seeds[NAMES] = { 0 }, kept[HELD];
+
+	for (unsigned i = 0; i < 1500; i++) {
+		unsigned k = (unsigned)(om_test_random(&seed) % NAMES), slot = i % HELD;
+		uint64_t pages = 1 + om_test_random(&seed) % 200;
+		char name[2] = { (char)('a' + k), 0 };
+		struct om_lease *l;
+
+		if (i % 3 == 0) {
+			seeds[k] = i;
+			CHECK_EQ(i % 2 ? put_coded(s, name, pages, i)
+			               : (weights(pages, i),
+			                  om_store_put(s, name, "c", data, pages * PAGE, NULL,
+			                               OM_CODING_NONE, SOON)),
+			         1);
+		} else if ((l = get(s, name))) {
+			CHECK(holds_weights(l, seeds[k]));
+			if (held[slot])
+				om_lease_unref(held[slot]);
+			held[slot] = l;
+			kept[slot] = seeds[k];
+		}
+		CHECK(stats(s).host_bytes <= 400 * PAGE);
+		slot = (slot + 1) % HELD;
+		CHECK(!held[slot] || holds_weights(held[slot], kept[slot]));
+	}
+	CHECK(stats(s).evictions > 50 && stats(s).traffic.hits > 50);
+	CHECK(stats(s).host_peak_bytes <= 400 * PAGE);
+	for (unsigned k = 0; k < HELD; k++)
+		if (held[k])
+			om_lease_unref(held[k]);
+	CHECK_EQ(stats(s).gone_bytes, 0);
+	om_store_unref(s);
+}
+
+static void nothing_is_lost_when_memory_is_short(bool coded)
 {
 	for (int point = OM_FAULT_ALLOC; point <= OM_FAULT_MAP; point++) {
 		int failures = 0, done = 0;
@@ -484,12 +610,14 @@ static void nothing_is_lost_when_memory_is_short(void)
 			CHECK_EQ(put(s, "a", 60, 1), 1);
 			held = get(s, "a");
 			om_fault_arm((enum om_fault)point, nth, true);
-			code = put(s, "a", 80, 2);
+			code = coded ? put_coded(s, "a", 40, 2) : put(s, "a", 80, 2);
 			done = code == 1 && !om_fault_fired((enum om_fault)point);
 			om_fault_reset();
 			failures += code < 0;
 			l = get(s, "a");
-			CHECK(l && holds(l, code == 1 ? 2 : 1) && holds(held, 1));
+			CHECK(l && holds(held, 1));
+			CHECK(code == 1 && coded ? holds_weights(l, 2)
+			                         : holds(l, code == 1 ? 2 : 1));
 			CHECK_EQ(om_store_check(s), 0);
 			om_lease_unref(l);
 			om_lease_unref(held);
@@ -524,13 +652,15 @@ static void put_or_get(struct worker *w)
 {
 	uint32_t i = (uint32_t)(om_test_random(&w->seed) % 16);
 	uint64_t pages = 1 + om_test_random(&w->seed) % 100;
+	enum om_coding coding = i % 2 ? OM_CODING_FAST : OM_CODING_NONE;
 	char name[2] = { (char)('a' + i), 0 };
 	struct om_lease *l;
 	int code;
 
 	if (om_test_random(&w->seed) % 3 == 0) {
 		fill((uint32_t *)(void *)w->bytes, pages, i << 16 | (uint32_t)pages);
-		CHECK_EQ(om_store_put(w->s, name, "c", w->bytes, pages * PAGE, NULL, SOON), 1);
+		CHECK_EQ(om_store_put(w->s, name, "c", w->bytes, pages * PAGE, NULL, coding, SOON),
+		         1);
 		w->puts++;
 		return;
 	}
@@ -593,7 +723,10 @@ int main(void)
 	the_store_needs_room();
 	origins_and_rows();
 	at_random();
-	nothing_is_lost_when_memory_is_short();
+	entries_are_kept_encoded();
+	encoded_at_random();
+	nothing_is_lost_when_memory_is_short(false);
+	nothing_is_lost_when_memory_is_short(true);
 	threads_stay_below_the_limit();
 	CHECK_EQ(rmdir(dir), 0);
 	return 0;
