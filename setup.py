@@ -30,6 +30,7 @@ WHEEL_TAG = "cp311"
 # pkg-config module -> (least version, Debian package)
 LIBURING = {"liburing": ("2.2", "liburing-dev")}
 LIBXXHASH = {"libxxhash": ("0.8.0", "libxxhash-dev")}
+LIBZSTD = {"libzstd": ("1.4.0", "libzstd-dev")}
 
 
 def knob(name: str) -> bool:
@@ -123,7 +124,7 @@ class BuildCore(build_ext):
     """build_ext that looks for the C libraries only when something is compiled."""
 
     def build_extension(self, ext: Extension) -> None:
-        modules = dict(LIBXXHASH)
+        modules = LIBXXHASH | LIBZSTD
         if knob("OMNIMEM_WITHOUT_LIBURING") or not sys.platform.startswith("linux"):
             ext.define_macros.append(("OM_WITHOUT_LIBURING", "1"))
         else:

@@ -15,7 +15,7 @@ check() {
 
 compile() {
 	local compiler=$1 flags
-	flags="$(pkg-config --cflags libxxhash liburing) $("$python" -c \
+	flags="$(pkg-config --cflags libxxhash libzstd liburing) $("$python" -c \
 		'import sysconfig; print("-isystem", sysconfig.get_paths()["include"].replace(" ", "\\ "))')"
 	# shellcheck disable=SC2086
 	find csrc tests/c -name '*.c' -print0 | xargs -0 -r -n 1 -P "$(nproc)" "$compiler" \

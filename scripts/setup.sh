@@ -39,10 +39,11 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Pyth
 		missing+=(gcc libc6-dev)
 	fi
 	if ! command -v "$pkg_config" >/dev/null; then
-		missing+=(pkg-config libxxhash-dev)
+		missing+=(pkg-config libxxhash-dev libzstd-dev)
 		without_liburing || missing+=(liburing-dev)
 	else
 		"$pkg_config" --exists libxxhash || missing+=(libxxhash-dev)
+		"$pkg_config" --exists libzstd || missing+=(libzstd-dev)
 		without_liburing || "$pkg_config" --exists liburing || missing+=(liburing-dev)
 	fi
 	echo "${missing[*]:-}"

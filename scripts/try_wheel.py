@@ -24,7 +24,7 @@ for line in Path("/proc/self/maps").read_text().splitlines():
     library = line.split(maxsplit=5)[-1]
     name = Path(library).name
     if (
-        name.startswith(("liburing", "libxxhash"))
+        name.startswith(("liburing", "libxxhash", "libzstd"))
         and Path(sys.prefix).resolve() not in Path(library).resolve().parents
     ):
         sys.exit(f"try_wheel: {library} is the system's, not the wheel's own")

@@ -64,7 +64,7 @@ class Toolchain:
             cflags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
         if knob("OMNIMEM_COVERAGE"):
             cflags.append("--coverage")
-        modules = ["libxxhash"]
+        modules = ["libxxhash", "libzstd"]
         if knob("OMNIMEM_WITHOUT_LIBURING"):
             cflags.append("-DOM_WITHOUT_LIBURING=1")
         else:

@@ -28,7 +28,12 @@ ALLOWED = {
     "bind": {"bind", "api"},
 }
 # Libraries and the only layer that may know them.
-LIBRARY_LAYER = {"liburing.h": "plat", "Python.h": "bind", "structmember.h": "bind"}
+LIBRARY_LAYER = {
+    "liburing.h": "plat",
+    "zstd.h": "core",
+    "Python.h": "bind",
+    "structmember.h": "bind",
+}
 FRAMEWORKS = {"torch", "transformers", "safetensors", "numpy", "PIL", "accelerate"}
 
 

@@ -199,10 +199,13 @@ def test_a_missing_library_is_named_with_the_line_that_installs_it(
     lacks_all.write_text("#!/bin/sh\nexit 1\n")
     lacks_all.chmod(0o755)
     done = build_ext(clean_tree, tmp_path, PKG_CONFIG=str(lacks_all))
-    assert "\n    apt-get install -y libxxhash-dev liburing-dev\n" in done.stderr
+    assert "\n    apt-get install -y libxxhash-dev libzstd-dev liburing-dev\n" in done.stderr
 
     done = build_ext(clean_tree, tmp_path, PKG_CONFIG=str(tmp_path / "absent"))
-    assert "\n    apt-get install -y pkg-config libxxhash-dev liburing-dev\n" in done.stderr
+    assert (
+        "\n    apt-get install -y pkg-config libxxhash-dev libzstd-dev liburing-dev\n"
+        in done.stderr
+    )
 
 
 def test_an_unknown_sanitizer_is_refused(clean_tree: Path, tmp_path: Path) -> None:

@@ -72,21 +72,29 @@ static uint8_t choose_base(const uint8_t *exponents, size_t n, unsigned code_bit
 	uint16_t counts[256] = { 0 };
 	unsigned unused;
 
-	for (size_t i = 0; i + 16 <= n; i += 16)
+	for (size_t i = 0; i < n; i += 16)
 		counts[exponents[i + (i / 16 & 15)]]++;
 	return om_planes_base(counts, code_bits, &unused);
+}
+
+/* Room that the patches of a block may need, in bytes. */
+static size_t patches_most(const uint64_t *escapes, size_t n)
+{
+	size_t most = n / 256 + 1;
+
+	for (size_t i = 0; i < n / 64; i++)
+		most += (size_t)__builtin_popcountll(escapes[i]);
+	return 2 * most;
 }
 
 /* The block's patches, for the bits of `escapes`; NULL when they might not fit below `end`. */
 static uint8_t *write_patches(const uint8_t *exponents, const uint64_t *escapes, size_t n,
                               uint8_t *p, const uint8_t *end, unsigned *ret_count)
 {
-	size_t at = 0, most = n / 256 + 1;
+	size_t at = 0, room = (size_t)(end - p);
 	uint8_t *first = p;
 
-	for (size_t i = 0; i < n / 64; i++)
-		most += (size_t)__builtin_popcountll(escapes[i]);
-	if (2 * most > (size_t)(end - p))
+	if (room < 2 * n && room < patches_most(escapes, n))
 		return NULL;
 	for (size_t i = 0; i < n / 64; i++) {
 		for (uint64_t bits = escapes[i]; bits; bits &= bits - 1) {

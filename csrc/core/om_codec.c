@@ -1,5 +1,5 @@
 /*
- * om_codec: the container of encoded parts, and what a part's bytes are taken for.
+ * om_codec: the container of encoded parts.
  *
  * Header, then a table with an entry for each part, then the parts, each on a boundary of 64; all
  * little-endian. The header ends with a hash of itself and the table, so that what is opened is either whole
@@ -11,7 +11,6 @@
  */
 #include <errno.h>
 #include <inttypes.h>
-#include <math.h>
 #include <string.h>
 
 #include "core/om_codec.h"
@@ -24,7 +23,8 @@
 #define MAGIC       UINT32_C(0x43444d4f) /* "OMDC" */
 #define VERSION     1
 #define PART_ALIGN  64
-#define LEAST_CODED 1024 /* plain bytes below which a part is stored raw */
+#define LEAST_CODED 1024                     /* plain bytes below which a part is stored raw */
+#define MOST_BYTES  (UINT64_C(128) * OM_GIB) /* an entry could say twice as much */
 #define STREAM_BYTES \
 	(UINT64_C(1) << 20) /* plain bytes from which on decoding writes past the caches */
 
@@ -57,6 +57,11 @@ static size_t part_bytes(uint64_t nbytes, uint64_t part)
 static uint64_t table_end(uint64_t parts)
 {
 	return om_up(sizeof(struct header) + parts * sizeof(struct entry), PART_ALIGN);
+}
+
+static bool known(int coding)
+{
+	return coding == OM_CODING_FAST || coding == OM_CODING_BALANCED;
 }
 
 /* What may be left of `nbytes` for it to be worth it. */
@@ -93,115 +98,38 @@ uint64_t om_encode_bound(uint64_t nbytes)
 	return table_end(parts_of(nbytes)) + om_up(nbytes, PART_ALIGN);
 }
 
-/* ---- what bytes are taken for ---- */
-
-#define SAMPLE_RUNS  16
-#define SAMPLE_RUN   256
-#define SAMPLE_BYTES (SAMPLE_RUNS * SAMPLE_RUN)
-
-/* Bits that `n` exponents of which these are `counts` will take under `coding`. */
-static double exponent_bits(const uint16_t counts[256], unsigned n, enum om_coding coding)
-{
-	unsigned inside;
-	double bits = 0;
-
-	om_planes_base(counts, coding == OM_CODING_FAST ? 3 : 4, &inside);
-	if (coding == OM_CODING_FAST)
-		return 3.0 * n + 16.5 * (n - inside);
-	for (unsigned i = 0; i < 256; i++)
-		if (counts[i])
-			bits += counts[i] * log2((double)n / counts[i]);
-	return bits + 16.5 * (n - inside);
-}
-
-/* The share of SAMPLE_BYTES that `kind` would leave, above 1 where it cannot be. */
-static double share_left(enum om_kind kind, const uint8_t *sample, enum om_coding coding)
-{
-	_Alignas(64) uint8_t exponents[OM_CODEC_BLOCK], rest[OM_CODEC_BLOCK], planes[SAMPLE_BYTES];
-	const struct om_cut *cut = &om_cuts[kind];
-	uint16_t counts[256] = { 0 };
-	unsigned n = SAMPLE_BYTES / cut->element_bytes;
-
-	om_codec_kernels()->split(kind, sample, n, exponents, rest, planes);
-	if (kind == OM_KIND_WIDE) {
-		for (unsigned i = 0; i < SAMPLE_BYTES; i += 4)
-			if (sample[i] || sample[i + 1])
-				return 2;
-	}
-	for (unsigned i = 0; i < n; i++)
-		counts[exponents[i]]++;
-	return (exponent_bits(counts, n, coding) + n * (8.0 * cut->planes + cut->rest_bits)) /
-	       (8.0 * SAMPLE_BYTES);
-}
-
-/* As many kinds as `desc` allows; 0: any. */
-static unsigned kinds_of(const struct om_desc *desc, enum om_kind ret[2])
-{
-	enum { FLOAT = 2, BFLOAT = 4, FLOAT8_FIRST = 7, FLOAT8_E5M2 = 12, FLOAT8_LAST = 13 };
-
-	if (!desc)
-		return 0;
-	ret[0] = OM_KIND_RAW;
-	if (desc->code == BFLOAT && desc->bits == 16)
-		ret[0] = OM_KIND_BF16;
-	else if (desc->code == FLOAT && desc->bits == 16)
-		ret[0] = OM_KIND_FP16;
-	else if (desc->code == FLOAT && desc->bits == 32)
-		ret[0] = OM_KIND_WIDE;
-	else if (desc->code >= FLOAT8_FIRST && desc->code <= FLOAT8_LAST && desc->bits == 8)
-		ret[0] = desc->code >= FLOAT8_E5M2 ? OM_KIND_E5M2 : OM_KIND_E4M3;
-	ret[1] = OM_KIND_FP32;
-	return ret[0] == OM_KIND_WIDE ? 2 : ret[0] != OM_KIND_RAW;
-}
-
-/* The kind under which a part shrinks most, those of `desc` first; *ret_share: to what share of it. */
-static enum om_kind kind_of(const uint8_t *data, size_t nbytes, const struct om_desc *desc,
-                            enum om_coding coding, double *ret_share)
-{
-	_Alignas(64) uint8_t sample[SAMPLE_BYTES];
-	enum om_kind hinted[2], best = OM_KIND_RAW;
-	unsigned hints = kinds_of(desc, hinted);
-
-	*ret_share = 1;
-	if (nbytes < SAMPLE_BYTES)
-		return OM_KIND_RAW;
-	if (!memcmp(data, data + 8, nbytes - 8)) {
-		*ret_share = 0;
-		return OM_KIND_SAME;
-	}
-	for (size_t i = 0; i < SAMPLE_RUNS; i++)
-		memcpy(sample + i * SAMPLE_RUN,
-		       data + om_down((nbytes - SAMPLE_RUN) / (SAMPLE_RUNS - 1) * i, 4),
-		       SAMPLE_RUN);
-	for (unsigned i = 0; i < hints + OM_KIND_COUNT - OM_KIND_BF16; i++) {
-		enum om_kind kind = i < hints ? hinted[i] : OM_KIND_BF16 + (i - hints);
-		double share;
-
-		if (i == hints && *ret_share < 0.95)
-			break;
-		share = share_left(kind, sample, coding);
-		if (share < *ret_share) {
-			*ret_share = share;
-			best = kind;
-		}
-	}
-	return *ret_share < 0.95 ? best : OM_KIND_RAW;
-}
-
 /* ---- encoding ---- */
 
-/* A part into `ret`, which has room for it raw; what it became. */
-static struct entry encode_part(enum om_kind kind, const uint8_t *data, size_t nbytes,
-                                enum om_coding coding, uint8_t *ret)
+/* Is the part what OM_KIND_WIDE takes it for? A sample does not prove it. */
+static bool is_wide(const uint8_t *data, size_t nbytes)
 {
-	size_t bytes = 0;
+	uint32_t seen = 0, x;
 
-	(void)coding;
+	for (size_t i = 0; i < nbytes / 4; i++) {
+		memcpy(&x, data + 4 * i, sizeof(x));
+		seen |= x;
+	}
+	x = 0;
+	memcpy(&x, data + nbytes / 4 * 4, nbytes % 4);
+	return !((seen | x) & 0xffff);
+}
+
+/* A part into `ret`, which has room for it raw; what it became. `dense`: NULL under FAST. */
+static struct entry encode_part(struct om_dense *dense, struct entry chosen, const uint8_t *data,
+                                size_t nbytes, uint8_t *ret)
+{
+	enum om_kind kind = chosen.what >> 24;
+	size_t bytes = 0, room = worth(nbytes);
+
+	if (kind == OM_KIND_WIDE && !is_wide(data, nbytes))
+		kind = OM_KIND_FP32; /* which has the same exponents */
 	if (kind == OM_KIND_SAME) {
 		bytes = 8;
 		memcpy(ret, data, bytes);
 	} else if (kind != OM_KIND_RAW) {
-		bytes = om_fast_encode(kind, data, nbytes, ret, worth(nbytes));
+		bytes = dense ? om_dense_encode(dense, kind, (uint8_t)chosen.place, data, nbytes,
+		                                ret, room)
+		              : om_fast_encode(kind, data, nbytes, ret, room);
 	}
 	if (!bytes) {
 		kind = OM_KIND_RAW;
@@ -211,7 +139,8 @@ static struct entry encode_part(enum om_kind kind, const uint8_t *data, size_t n
 	return (struct entry){ 0, (uint32_t)(bytes | (size_t)kind << 24) };
 }
 
-/* Choose every part's kind, into the table. True: it will be worth it. */
+/* Choose every part's kind, into the table, with its base for the time being where its place will be. True: it
+ * will be worth it. */
 static bool choose_kinds(const uint8_t *data, uint64_t nbytes, const struct om_desc *desc,
                          enum om_coding coding, uint8_t *ret)
 {
@@ -219,31 +148,61 @@ static bool choose_kinds(const uint8_t *data, uint64_t nbytes, const struct om_d
 
 	for (uint64_t i = 0; i < parts_of(nbytes); i++) {
 		size_t n = part_bytes(nbytes, i);
-		double share;
-		uint32_t kind = kind_of(data + i * OM_CODED_PART, n, desc, coding, &share);
-		struct entry e = { 0, kind << 24 };
+		struct om_choice choice =
+			om_codec_choose(data + i * OM_CODED_PART, n, desc, coding);
+		struct entry e = { choice.base, (uint32_t)choice.kind << 24 };
 
-		left += share * (double)n;
+		left += choice.share * (double)n;
 		memcpy(ret + sizeof(struct header) + i * sizeof(e), &e, sizeof(e));
 	}
 	return left < (double)worth(nbytes);
 }
 
+/* The parts, and the table that says where they are; *ret_hash of the plain bytes. Returns where they end. */
+static uint64_t encode_parts(struct om_dense *dense, const uint8_t *data, uint64_t nbytes,
+                             uint8_t *ret, uint64_t *ret_hash)
+{
+	uint64_t parts = parts_of(nbytes), at = table_end(parts);
+	XXH3_state_t hash;
+
+	XXH3_64bits_reset(&hash);
+	for (uint64_t i = 0; i < parts; i++, data += OM_CODED_PART) {
+		size_t n = part_bytes(nbytes, i);
+		struct entry e;
+		uint64_t end;
+
+		om_hash_update(&hash, data, n); /* which brings them into the cache */
+		e = encode_part(dense, entry_at(ret, i), data, n, ret + at);
+		end = at + entry_bytes(e);
+		e.place = (uint32_t)(at / PART_ALIGN);
+		memcpy(ret + sizeof(struct header) + i * sizeof(e), &e, sizeof(e));
+		at = om_up(end, PART_ALIGN);
+		memset(ret + end, 0, at - end);
+	}
+	*ret_hash = XXH3_64bits_digest(&hash);
+	return at;
+}
+
 int om_encode(const void *data, uint64_t nbytes, const struct om_desc *desc, enum om_coding coding,
               void *ret, uint64_t room, uint64_t *ret_bytes)
 {
-	uint64_t parts = parts_of(nbytes), at = table_end(parts);
+	uint64_t parts = parts_of(nbytes),
+		 listed = sizeof(struct header) + parts * sizeof(struct entry);
 	struct header h = {
 		.magic = MAGIC, .version = VERSION, .coding = (uint8_t)coding, .nbytes = nbytes
 	};
+	struct om_dense *dense = NULL;
 	uint8_t *out = ret;
 
 	*ret_bytes = 0;
-	if (coding != OM_CODING_FAST)
-		return om_err(OM_EVALUE, "coding %d is not known", (int)coding);
-	if (nbytes > (uint64_t)UINT32_MAX * PART_ALIGN / 2)
-		return om_err(OM_EVALUE, "%" PRIu64 " bytes are too many to encode at once",
-		              nbytes);
+	if (!known(coding))
+		return om_err(OM_EVALUE, "coding %d is not known: 1 is fast, 2 balanced",
+		              (int)coding);
+	if (nbytes > MOST_BYTES)
+		return om_err(OM_EVALUE,
+		              "%" PRIu64 " bytes are too many to encode at once: %" PRIu64
+		              " at most",
+		              nbytes, MOST_BYTES);
 	if (room < om_encode_bound(nbytes))
 		return om_err(OM_EVALUE,
 		              "encoding %" PRIu64 " bytes may need %" PRIu64
@@ -251,27 +210,17 @@ int om_encode(const void *data, uint64_t nbytes, const struct om_desc *desc, enu
 		              nbytes, om_encode_bound(nbytes), room);
 	if (!nbytes || !choose_kinds(data, nbytes, desc, coding, out))
 		return 0;
-	for (uint64_t i = 0; i < parts; i++) {
-		struct entry e = encode_part(entry_at(out, i).what >> 24,
-		                             (const uint8_t *)data + i * OM_CODED_PART,
-		                             part_bytes(nbytes, i), coding, out + at);
-		uint64_t end = at + entry_bytes(e);
-
-		e.place = (uint32_t)(at / PART_ALIGN);
-		memcpy(out + sizeof(h) + i * sizeof(e), &e, sizeof(e));
-		at = om_up(end, PART_ALIGN);
-		memset(out + end, 0, at - end);
-	}
-	if (at > worth(nbytes))
+	if (coding == OM_CODING_BALANCED && !(dense = om_dense_create(true)))
+		return -ENOMEM;
+	h.coded_bytes = encode_parts(dense, data, nbytes, out, &h.plain_hash);
+	om_dense_free(dense);
+	if (h.coded_bytes > worth(nbytes))
 		return 0;
-	memset(out + sizeof(h) + parts * sizeof(struct entry), 0,
-	       table_end(parts) - sizeof(h) - parts * sizeof(struct entry));
-	h.coded_bytes = at;
-	h.plain_hash = om_hash(data, nbytes);
+	memset(out + listed, 0, table_end(parts) - listed);
 	memcpy(out, &h, sizeof(h));
 	h.head_hash = head_hash(out, parts);
 	memcpy(out, &h, sizeof(h));
-	*ret_bytes = at;
+	*ret_bytes = h.coded_bytes;
 	return 0;
 }
 
@@ -322,7 +271,7 @@ int om_coded_open(const void *coded, uint64_t coded_bytes, struct om_coded *ret)
 		return om_err(OM_ECORRUPT,
 		              "encoded bytes: %" PRIu64 " are given, the header says %" PRIu64,
 		              coded_bytes, h.coded_bytes);
-	if (h.head_hash != head_hash(coded, parts_of(h.nbytes)) || h.coding != OM_CODING_FAST)
+	if (h.head_hash != head_hash(coded, parts_of(h.nbytes)) || !known(h.coding))
 		return om_err(OM_ECORRUPT, "encoded bytes: the header is damaged");
 	*ret = (struct om_coded){ .data = coded,
 		                  .bytes = coded_bytes,
@@ -334,49 +283,52 @@ int om_coded_open(const void *coded, uint64_t coded_bytes, struct om_coded *ret)
 	return prove_table(ret);
 }
 
-static bool decode_part(enum om_kind kind, const uint8_t *src, size_t bytes, uint8_t *ret,
-                        size_t nbytes, bool stream)
+static bool decode_part(struct om_dense *dense, const struct om_coded *c, uint64_t part,
+                        uint8_t *ret, bool stream)
 {
+	struct entry e = entry_at(c->data, part);
+	uint64_t place = (uint64_t)e.place * PART_ALIGN, bytes = entry_bytes(e);
+	size_t nbytes = part_bytes(c->nbytes, part);
+	enum om_kind kind = e.what >> 24;
+	const uint8_t *src = c->data + place;
+
+	if (place > c->bytes || bytes > c->bytes - place)
+		return false;
 	if (kind == OM_KIND_RAW) {
-		if (bytes != nbytes)
-			return false;
-		memcpy(ret, src, nbytes);
-		return true;
+		if (bytes == nbytes)
+			memcpy(ret, src, nbytes);
+		return bytes == nbytes;
 	}
 	if (kind == OM_KIND_SAME) {
-		if (bytes != 8)
-			return false;
-		for (size_t i = 0; i < nbytes; i += 8)
+		for (size_t i = 0; i < nbytes && bytes == 8; i += 8)
 			memcpy(ret + i, src, OM_MIN(nbytes - i, 8));
-		return true;
+		return bytes == 8;
 	}
-	if (kind >= OM_KIND_COUNT || !om_cuts[kind].element_bytes)
+	if (kind >= OM_KIND_COUNT || (!dense && kind == OM_KIND_BYTES))
 		return false;
-	return om_fast_decode(kind, src, bytes, ret, nbytes, stream);
+	return dense ? om_dense_decode(dense, kind, src, bytes, ret, nbytes, stream)
+	             : om_fast_decode(kind, src, bytes, ret, nbytes, stream);
 }
 
 int om_coded_part(const struct om_coded *c, uint64_t first, uint64_t count, void *ret)
 {
 	bool stream = c->stream && (uintptr_t)ret % 64 == 0;
+	struct om_dense *dense = NULL;
 	int code = 0;
 
 	if (first > c->parts || count > c->parts - first)
 		return om_err(OM_EVALUE,
-		              "parts %" PRIu64 " to %" PRIu64
-		              " of an encoded block that has %" PRIu64,
-		              first, first + count, c->parts);
-	for (uint64_t i = first; i < first + count && !code; i++) {
-		struct entry e = entry_at(c->data, i);
-		uint64_t place = (uint64_t)e.place * PART_ALIGN;
-
-		if (place > c->bytes || entry_bytes(e) > c->bytes - place ||
-		    !decode_part(e.what >> 24, c->data + place, entry_bytes(e),
-		                 (uint8_t *)ret + i * OM_CODED_PART, part_bytes(c->nbytes, i),
-		                 stream))
+		              "%" PRIu64 " parts from %" PRIu64
+		              " on of an encoded block that has %" PRIu64,
+		              count, first, c->parts);
+	if (c->coding == OM_CODING_BALANCED && !(dense = om_dense_create(false)))
+		return -ENOMEM;
+	for (uint64_t i = first; i < first + count && !code; i++)
+		if (!decode_part(dense, c, i, (uint8_t *)ret + i * OM_CODED_PART, stream))
 			code = om_err(OM_ECORRUPT,
 			              "encoded bytes: part %" PRIu64 " of %" PRIu64 " is damaged",
 			              i, c->parts);
-	}
+	om_dense_free(dense);
 #if defined(__SSE2__)
 	_mm_sfence(); /* what went past the caches is there before this returns */
 #endif

@@ -1,7 +1,8 @@
 /*
  * om_codec: the parts of the codec that know each other. omnimem.h has its functions for callers.
  *
- * om_codec.c     the container: header, table of parts, what a sample says a part's bytes are
+ * om_codec.c     the container: header and table of parts
+ * codec_sample.c what a sample says a part's bytes are
  * codec_planes.c a part to planes and back: exponents as codes of 3 or 4 bits from a base, a list of
  *                patches for those further away, everything else as it is
  * codec_fast.c   a FAST part: planes with codes of 3 bits
@@ -102,11 +103,31 @@ uint8_t om_planes_base(const uint16_t counts[256], unsigned bits, unsigned *ret_
 
 /* ---- a part ---- */
 
+#define OM_CODEC_WORTH 0.95 /* the share that may be left of what is worth coding */
+
+struct om_choice {
+	enum om_kind kind;
+	uint8_t base; /* for the codes of all blocks */
+	double share; /* that a part is likely to shrink to */
+};
+/* What a part is taken for: one of the kinds of `desc` where that is worth it, else the one that leaves least. */
+struct om_choice om_codec_choose(const uint8_t *data, size_t nbytes, const struct om_desc *desc,
+                                 enum om_coding coding);
+
 /* Encode into at most `room` bytes; 0: does not fit. */
 size_t om_fast_encode(enum om_kind kind, const uint8_t *src, size_t nbytes, uint8_t *ret,
                       size_t room);
 /* False: not made by om_fast_encode. */
 bool om_fast_decode(enum om_kind kind, const uint8_t *src, size_t bytes, uint8_t *ret,
                     size_t nbytes, bool stream);
+
+struct om_dense; /* scratch and zstd's context: of one thread, for one direction */
+struct om_dense *om_dense_create(bool encode); /* NULL: -ENOMEM is set */
+void om_dense_free(struct om_dense *d);
+/* As above. `base`: of all codes. */
+size_t om_dense_encode(struct om_dense *d, enum om_kind kind, uint8_t base, const uint8_t *src,
+                       size_t nbytes, uint8_t *ret, size_t room);
+bool om_dense_decode(struct om_dense *d, enum om_kind kind, const uint8_t *src, size_t bytes,
+                     uint8_t *ret, size_t nbytes, bool stream);
 
 #endif

@@ -4,7 +4,9 @@
  * The form is a block of its own (om_pack.c). The move leases it as long as it lives. Once its bytes are
  * in HOST, and proven if they were read, whoever waits for the move decodes them, some parts at a time,
  * without the store lock. Several threads may share a move: each takes the next parts; the one that
- * finishes last settles it.
+ * finishes last settles it. For a stream, whose user computes next, all of them go to the team that it
+ * computes with (om_team.h); else the store's worker helps. (Measured on two cores, a layer of 100 MB,
+ * then its matmuls of 5 ms: 8.2 ms alone, 6.2 with the worker, 4.4 with the team.)
  *
  * The first time a form is decoded, the plain bytes are compared with the checksum that each frame carries.
  * Later on they are not: what is read from a disk is compared as any fill is, before it is decoded, and
@@ -17,6 +19,7 @@
 
 #include "core/om_hash.h"
 #include "core/om_store_int.h"
+#include "plat/om_team.h"
 
 #define FEW_FRAMES 4u
 #define STEP \
@@ -24,7 +27,8 @@
 
 struct frame {
 	struct om_coded coded;
-	uint64_t at; /* of its first plain byte in the block */
+	uint64_t at;    /* of its first plain byte in the block */
+	uint64_t first; /* of its parts, counted over all frames */
 };
 
 struct om_decoding {
@@ -32,9 +36,9 @@ struct om_decoding {
 	struct om_move *read;  /* what brings the form to HOST; NULL: it was there */
 	struct frame *frames;  /* NULL: not opened yet */
 	size_t frame_count;
-	size_t frame;     /* the next part to take: of which frame, ... */
-	uint64_t part;    /* ... and which of its parts */
-	unsigned threads; /* that are at work without the lock */
+	uint64_t taken, parts; /* parts that are decoded or being decoded, and all there are */
+	unsigned threads;      /* that are at work without the lock */
+	bool on_team;          /* decoded at one go, by the team of whoever begins */
 };
 
 void om_decode_free(struct om_decoding *d)
@@ -136,7 +140,7 @@ static int open_frames(struct om_move *m)
 {
 	struct om_decoding *d = m->decoding;
 	const uint8_t *data = d->from->body->data;
-	uint64_t left = d->from->nbytes, at = 0;
+	uint64_t left = d->from->nbytes, at = 0, parts = 0;
 	size_t room = FEW_FRAMES, n = 0;
 	struct frame *frames = om_alloc(room, sizeof(*frames));
 
@@ -151,8 +155,9 @@ static int open_frames(struct om_move *m)
 			frames = grow(frames, n, room *= 2);
 		if (!frames)
 			break;
-		frames[n++] = (struct frame){ coded, at };
+		frames[n++] = (struct frame){ coded, at, parts };
 		at += coded.nbytes;
+		parts += coded.parts;
 		data += coded.bytes;
 		left -= coded.bytes;
 	}
@@ -164,23 +169,56 @@ static int open_frames(struct om_move *m)
 	}
 	d->frames = frames;
 	d->frame_count = n;
+	d->parts = parts;
 	return 0;
 }
 
-/* Skip frames whose parts are all taken. Is there a part left? */
-static bool part_left(struct om_decoding *d)
+/* Parts [first, last), over all frames. No lock. */
+static int decode_parts(struct om_move *m, uint64_t first, uint64_t last)
 {
-	while (d->frame < d->frame_count && d->part == d->frames[d->frame].coded.parts) {
-		d->frame++;
-		d->part = 0;
+	const struct om_decoding *d = m->decoding;
+	uint8_t *plain = m->block->body->data;
+
+	for (size_t i = 0; i < d->frame_count && first < last; i++) {
+		const struct frame *f = &d->frames[i];
+		uint64_t end = OM_MIN(last, f->first + f->coded.parts);
+
+		if (first >= end)
+			continue;
+		if (om_coded_part(&f->coded, first - f->first, end - first, plain + f->at))
+			return codec_error(m);
+		first = end;
 	}
-	return d->frame < d->frame_count;
+	return 0;
 }
 
-static int decode_parts(struct om_move *m, const struct frame *f, uint64_t first, uint64_t last)
+/* What the threads of a team share. */
+struct shared {
+	struct om_move *move;
+	uint64_t next; /* atomic */
+	int code;      /* atomic: of whoever failed last */
+};
+
+static void decode_shared(void *arg)
 {
-	if (om_coded_part(&f->coded, first, last - first, m->block->body->data + f->at))
-		return codec_error(m);
+	struct shared *share = arg;
+	uint64_t parts = share->move->decoding->parts, first;
+
+	while ((first = __atomic_fetch_add(&share->next, STEP, __ATOMIC_RELAXED)) < parts) {
+		int code = decode_parts(share->move, first, OM_MIN(first + STEP, parts));
+
+		if (code)
+			__atomic_store_n(&share->code, code, __ATOMIC_RELAXED);
+	}
+}
+
+static int decode_on_team(struct om_move *m)
+{
+	struct shared share = { .move = m };
+
+	om_team_run(decode_shared, &share);
+	if (share.code) /* the error may be another thread's: find it again */
+		return decode_parts(m, 0, m->decoding->parts);
 	return 0;
 }
 
@@ -215,14 +253,6 @@ static void succeed_locked(struct om_store *s, struct om_move *m)
 	om_fetch_filled_locked(s, m);
 }
 
-/* Without the lock: the headers, or some parts, or, behind the last one, the proof. */
-static int work_unlocked(struct om_move *m, const struct frame *f, uint64_t first, uint64_t last)
-{
-	if (!m->decoding->frames)
-		return open_frames(m);
-	return f ? decode_parts(m, f, first, last) : prove(m);
-}
-
 /* Settle if nothing is left to do and nobody is at work. */
 static void conclude_locked(struct om_store *s, struct om_move *m, bool proven)
 {
@@ -235,12 +265,44 @@ static void conclude_locked(struct om_store *s, struct om_move *m, bool proven)
 		succeed_locked(s, m);
 }
 
+enum step { OPEN, DECODE, PROVE };
+
+static int work_unlocked(struct om_move *m, enum step step, uint64_t first, uint64_t last)
+{
+	if (step == OPEN)
+		return open_frames(m);
+	if (step == DECODE)
+		return m->decoding->on_team ? decode_on_team(m) : decode_parts(m, first, last);
+	return prove(m);
+}
+
+static void step_locked(struct om_store *s, struct om_move *m, enum step step, uint64_t first,
+                        uint64_t last)
+{
+	struct om_decoding *d = m->decoding;
+	int code;
+
+	d->threads++;
+	m->busy = true;
+	om_move_ref(m);
+	om_mutex_unlock(&s->lock);
+	code = work_unlocked(m, step, first, last);
+	om_mutex_lock(&s->lock);
+	if (code)
+		om_move_fail(m);
+	d->threads--;
+	if (step == OPEN && !code && !d->on_team)
+		om_fetch_share_locked(s, m);
+	conclude_locked(s, m, step == PROVE);
+	om_store_changed_locked(s);
+	om_move_unref(m);
+}
+
 bool om_decode_work_locked(struct om_store *s, struct om_move *m)
 {
 	struct om_decoding *d = m->decoding;
-	struct frame *f = NULL;
-	uint64_t first = 0, last = 0;
-	bool opening;
+	uint64_t first = d->taken;
+	enum step step;
 
 	if (m->settled)
 		return false;
@@ -252,29 +314,13 @@ bool om_decode_work_locked(struct om_store *s, struct om_move *m)
 		conclude_locked(s, m, false);
 		return m->settled;
 	}
-	opening = !d->frames;
-	if (!opening && part_left(d)) {
-		f = &d->frames[d->frame];
-		first = d->part;
-		last = d->part = OM_MIN(first + STEP, f->coded.parts);
-	} else if (d->threads) {
-		return false; /* the others are at the last parts */
-	}
-	d->threads++;
-	m->busy = true;
-	om_move_ref(m);
-	om_mutex_unlock(&s->lock);
-	if (work_unlocked(m, f, first, last)) {
-		om_mutex_lock(&s->lock);
-		om_move_fail(m);
-	} else {
-		om_mutex_lock(&s->lock);
-	}
-	d->threads--;
-	if (opening && !m->error->code)
-		om_fetch_share_locked(s, m);
-	conclude_locked(s, m, !opening && !f);
-	om_store_changed_locked(s);
-	om_move_unref(m);
+	if (!d->frames)
+		d->on_team = m->block->group->streams && om_team_found();
+	step = !d->frames ? OPEN : d->taken < d->parts ? DECODE : PROVE;
+	if (step != DECODE && d->threads)
+		return false; /* another one opens it, or others are at the last parts */
+	if (step == DECODE)
+		d->taken = d->on_team ? d->parts : OM_MIN(first + STEP, d->parts);
+	step_locked(s, m, step, first, d->taken);
 	return true;
 }
