@@ -34,10 +34,11 @@ struct frame {
 struct om_decoding {
 	struct om_block *from; /* the form: a reference, and a lease unless `read` has failed */
 	struct om_move *read;  /* what brings the form to HOST; NULL: it was there */
-	struct frame *frames;  /* NULL: not opened yet */
+	struct frame *frames;  /* of whoever opens it, until it is `opened` */
 	size_t frame_count;
 	uint64_t taken, parts; /* parts that are decoded or being decoded, and all there are */
 	unsigned threads;      /* that are at work without the lock */
+	bool opened;           /* the headers are read; seen under the lock only */
 	bool on_team;          /* decoded at one go, by the team of whoever begins */
 };
 
@@ -291,6 +292,7 @@ static void step_locked(struct om_store *s, struct om_move *m, enum step step, u
 	if (code)
 		om_move_fail(m);
 	d->threads--;
+	d->opened |= step == OPEN && !code;
 	if (step == OPEN && !code && !d->on_team)
 		om_fetch_share_locked(s, m);
 	conclude_locked(s, m, step == PROVE);
@@ -314,9 +316,9 @@ bool om_decode_work_locked(struct om_store *s, struct om_move *m)
 		conclude_locked(s, m, false);
 		return m->settled;
 	}
-	if (!d->frames)
+	if (!d->opened)
 		d->on_team = m->block->group->streams && om_team_found();
-	step = !d->frames ? OPEN : d->taken < d->parts ? DECODE : PROVE;
+	step = !d->opened ? OPEN : d->taken < d->parts ? DECODE : PROVE;
 	if (step != DECODE && d->threads)
 		return false; /* another one opens it, or others are at the last parts */
 	if (step == DECODE)
