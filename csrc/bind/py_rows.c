@@ -69,8 +69,7 @@ static int read_row(PyObject *item, Py_ssize_t rows, Py_ssize_t *ret)
 
 static int read_list(struct py_rows *r, PyObject *index, Py_ssize_t rows)
 {
-	PyObject *list = PyNumber_Check(index) && !PySequence_Check(index) ? NULL
-	                                                                   : PySequence_List(index);
+	PyObject *list = PySequence_List(index);
 	Py_ssize_t n, row;
 	int failed;
 

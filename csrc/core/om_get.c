@@ -270,10 +270,12 @@ static int rows_locked(struct rows *r, struct om_block *b, struct om_lease **ret
 	code = measure(r, b->nbytes);
 	if (code)
 		return code;
-	if (r->total == 0 || r->row_bytes == 0)
+	if (only_below(b)) {
+		if (r->total && r->row_bytes)
+			return read_rows_locked(r, b, ret);
+		om_traffic_note_locked(r->s, b, OM_EVENT_MISS, 0, 0);
 		return copy_rows_locked(r, b, NULL, ret);
-	if (only_below(b))
-		return read_rows_locked(r, b, ret);
+	}
 	code = om_lease_take_locked(r->s, b, OM_READ, r->deadline_ns, &whole);
 	if (code)
 		return code;
