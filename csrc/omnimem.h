@@ -40,6 +40,10 @@ struct om_desc {
 	int64_t shape[OM_MAX_NDIM];
 };
 
+/* How bytes are encoded, losslessly: FAST is a fixed-rate code of exponents, BALANCED a dense one; NONE
+ * keeps them as they are, with the same header and checksum. */
+enum om_coding { OM_CODING_NONE, OM_CODING_FAST, OM_CODING_BALANCED };
+
 /* ---- store ---- */
 
 enum om_verify { OM_VERIFY_ALWAYS, OM_VERIFY_FIRST };
@@ -82,6 +86,11 @@ struct om_group_stats {
 	uint64_t blocks, pinned, leases;
 	uint64_t swapped; /* blocks whose only bytes lie below HOST, written there by the store */
 	uint64_t host_bytes, host_peak_bytes, disk_bytes; /* extents of their copies */
+	uint64_t limit_bytes;                             /* 0: only the store's binds */
+	uint64_t packed_bytes; /* of host_bytes, those of encoded forms */
+	uint64_t
+		gone_bytes; /* of blocks that lost their name while somebody holds them: not in host_bytes */
+	uint64_t evictions;    /* of a cache: entries that made way */
 	uint64_t issued, used; /* blocks fetched because they were foretold, and of those, used */
 	/* Of the last accesses, 1024 at most: those of a block that had been accessed within as many, those
 	 * that went on with the block just accessed, those that were foretold. */
@@ -90,6 +99,65 @@ struct om_group_stats {
 	char trouble[OM_ERROR_TEXT]; /* why the last swapping out stopped early; "": it did not */
 };
 int om_store_group_stats(struct om_store *s, const char *group, struct om_group_stats *ret);
+
+/* A cache: a group whose blocks, its entries, may be lost. An entry needs no admission. When the group is
+ * over its limit entries go as its policy says, those that are leased too: one with an origin loses
+ * its bytes in HOST, any other is removed. Who holds the bytes keeps them: they count in no limit
+ * of the group from then on (om_group_stats.gone_bytes). When other groups need the store's memory,
+ * only what nobody leases goes. Nothing of a cache is written to DISK.
+ * A group becomes one while it has no blocks; called again for other limits. OM_EVALUE: it has blocks, no
+ * limit, a name of more than 56 bytes. */
+struct om_cache_config {
+	uint64_t limit_bytes;
+	uint32_t
+		batch; /* entries that make way in one step, until others get the lock; 0: no bound */
+	uint32_t threshold; /* a name is kept the so-manieth time that it is put; 0 or 1: at once */
+};
+int om_store_cache(struct om_store *s, const char *group, const struct om_cache_config *config);
+/* Copy an entry in. It replaces one of the same name in a single step: who asks for the name gets the bytes
+ * of one of the two, and who holds the former ones keeps them. Room is made as told above, no more than is
+ * needed; the former bytes count as room. With `coding` it is kept as om_encode makes it of the caller's
+ * bytes, where that is smaller and could be there decoded too; for whom it is decoded it is plain as
+ * long as they hold it, and then until its room is needed. 1: it is there; 0: its name was not put often enough; OM_ELIMIT:
+ * more bytes than the limit; OM_EVALUE: the group is no cache, another group has the name. */
+int om_store_put(struct om_store *s, const char *name, const char *group, const void *data,
+                 uint64_t nbytes, const struct om_desc *desc, enum om_coding coding,
+                 uint64_t deadline_ns);
+/* As om_store_lease for reading, of an entry of a cache. OM_ENAME (no error is set): there is none; it
+ * counts as a miss of the group. */
+int om_store_get(struct om_store *s, const char *group, const char *name, uint64_t deadline_ns,
+                 struct om_lease **ret);
+/* The same if the bytes are in HOST, else OM_EAGAIN, with no error set. */
+int om_store_get_now(struct om_store *s, const char *group, const char *name,
+                     struct om_lease **ret);
+/* Some rows of an entry, whose bytes are taken as `desc` says, along its first dimension. Of an entry that
+ * is not in HOST and has an origin only these are read, and they are no part of the cache. Elsewise one run
+ * of rows is a lease of the entry, in which they begin at *ret_offset, and more are a copy. What is no part
+ * of the cache counts in gone_bytes. OM_ENAME as above; OM_EAGAIN (no error is set): the entry
+ * has another desc; OM_EVALUE: rows outside it, or no whole bytes. */
+struct om_rows {
+	uint64_t first, count;
+};
+int om_store_get_rows(struct om_store *s, const char *group, const char *name,
+                      const struct om_desc *desc, const struct om_rows *runs, size_t count,
+                      uint64_t deadline_ns, struct om_lease **ret, uint64_t *ret_offset);
+/* Have the entries go that would go next, until `bytes` fewer count in the limit, at most `most` of them
+ * (0: no bound). */
+struct om_shed {
+	uint64_t entries, bytes;
+};
+int om_store_shed(struct om_store *s, const char *group, uint64_t bytes, uint32_t most,
+                  struct om_shed *ret);
+/* The entries that are in HOST, the one that was not used for longest first. */
+struct om_entry {
+	char *name;
+	uint64_t nbytes, accesses;
+	uint64_t plain_bytes, packed_bytes; /* that count in the limit */
+	unsigned leases;
+};
+int om_store_entries(struct om_store *s, const char *group, struct om_entry **ret,
+                     size_t *ret_count);
+void om_entries_free(struct om_entry *entries, size_t count);
 
 /* Learn in what order a group's blocks are accessed, and fetch ahead of demand what is foretold, into free
  * room, as long as most of it is used; or stop that. */
@@ -453,20 +521,17 @@ int om_pressure_trend(struct om_pressure *p);
 
 /* ---- codec ---- */
 
-/* How bytes are encoded, losslessly: FAST is a fixed-rate code of exponents, BALANCED a dense one; NONE
- * keeps them as they are, with the same header and checksum. */
-enum om_coding { OM_CODING_NONE, OM_CODING_FAST, OM_CODING_BALANCED };
-
 #define OM_CODED_PART UINT64_C(262144) /* plain bytes that are encoded on their own */
 
 /* Room that om_encode needs for `nbytes`. */
 uint64_t om_encode_bound(uint64_t nbytes);
-/* Encode `nbytes` of elements like `desc` into `ret` (`room` bytes, at least om_encode_bound). Where `desc` is
+/* Encode `nbytes` of elements like `desc` into `ret`, of `room` bytes. Where `desc` is
  * NULL, unknown, of no type that the codec has or not worth it, a sample of each part decides what its bytes
  * are taken for. *ret_bytes: how long the result is; 0: less than 5 % would be saved, which a sample
- * tells in most cases, and nothing in `ret` is of use; never with NONE. The result, a frame, depends on the
+ * tells in most cases, or it would not fit in less room than om_encode_bound, and nothing in `ret` is of use;
+ * never with NONE, for which less room is OM_EVALUE. The result, a frame, depends on the
  * bytes, `desc` and `coding` alone, not on the processor. Frames may follow each other without a gap.
- * OM_EVALUE: no such coding, too little room. */
+ * OM_EVALUE: no such coding. */
 int om_encode(const void *data, uint64_t nbytes, const struct om_desc *desc, enum om_coding coding,
               void *ret, uint64_t room, uint64_t *ret_bytes);
 /* What om_encode made, a frame or several end to end: *ret_nbytes plain bytes in all, and how (the densest

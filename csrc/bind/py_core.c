@@ -295,6 +295,7 @@ static const struct {
 	{ "Pressure", &py_pressure_spec, &py_pressure_type },
 	{ "Block", &py_block_spec, &py_block_type },
 	{ "Ranking", &py_ranking_spec, &py_ranking_type },
+	{ "Cache", &py_cache_spec, &py_cache_type },
 };
 #define TYPES (sizeof(types) / sizeof(types[0]))
 

@@ -9,7 +9,7 @@
 
 #include "core/om_store_int.h"
 
-static int check_name(const char *name)
+int om_store_check_name(const char *name)
 {
 	size_t n = strlen(name);
 
@@ -23,7 +23,7 @@ static int begin_block_locked(struct om_store *s, const char *name, const char *
                               uint64_t nbytes, struct om_block **ret)
 {
 	struct om_group *g;
-	int code = check_name(name);
+	int code = om_store_check_name(name);
 
 	if (code)
 		return code;
@@ -141,12 +141,12 @@ static int add_sole(struct om_store *s, const char *name, const char *group,
 	if (desc || !from->zeros)
 		code = om_block_wake(b, desc);
 	if (!code)
-		code = om_room_admit_locked(s, name, nbytes);
+		code = om_room_admit_locked(s, b);
 	if (!code) {
 		s->adding++; /* close waits for us */
 		code = bring_in_locked(s, b, from, deadline_ns);
 		s->adding--;
-		if (code)
+		if (code && om_block_admitted(b))
 			om_room_unadmit_locked(s, nbytes);
 	}
 	if (code) {
@@ -343,11 +343,23 @@ void om_store_reap_locked(struct om_store *s, struct om_block *b)
 		om_block_disk_drop(b, &s->disk);
 		om_pack_drop_locked(s, b);
 	}
-	if (!om_block_has_origin(b) && !b->inner)
+	if (om_block_admitted(b))
 		om_room_unadmit_locked(s, b->nbytes);
 	if (b->body)
 		om_pack_forget_origin_locked(s, b);
 	om_block_retire(b);
+}
+
+void om_store_forget_locked(struct om_store *s, struct om_block *b)
+{
+	om_block_ref(b);
+	om_table_remove(&s->table, b);
+	if (b->group->cache) /* who holds the bytes needs no other form of them */
+		om_pack_drop_locked(s, b);
+	om_fetch_cancel_locked(s, b);
+	om_store_reap_locked(s, b);
+	om_block_unref(b);
+	om_store_changed_locked(s);
 }
 
 int om_store_remove(struct om_store *s, const char *name)
@@ -357,10 +369,7 @@ int om_store_remove(struct om_store *s, const char *name)
 
 	if (code)
 		return code;
-	om_table_remove(&s->table, b);
-	om_fetch_cancel_locked(s, b);
-	om_store_reap_locked(s, b);
-	om_store_changed_locked(s);
+	om_store_forget_locked(s, b);
 	return om_store_leave_block(s, b, 0);
 }
 

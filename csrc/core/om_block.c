@@ -62,9 +62,10 @@ void om_block_retire(struct om_block *b)
 void om_block_set_named(struct om_block *b, bool named)
 {
 	b->group->blocks += (uint64_t)named - (uint64_t)b->named;
-	if (!named)
-		om_block_pin(b, false);
-	b->named = named;
+	if (named)
+		b->named = true;
+	else
+		om_block_lose_name(b);
 }
 
 void om_block_ref(struct om_block *b)
@@ -108,6 +109,10 @@ static void count_host(struct om_block *b, int64_t bytes)
 {
 	struct om_group *g = b->group;
 
+	if (b->gone) {
+		g->gone_bytes += (uint64_t)bytes;
+		return;
+	}
 	g->used_bytes += (uint64_t)bytes;
 	g->packed_bytes += b->inner ? (uint64_t)bytes : 0;
 	g->peak_bytes = OM_MAX(g->peak_bytes, g->used_bytes);
@@ -117,13 +122,14 @@ static void count_host(struct om_block *b, int64_t bytes)
 
 /* What a change of state, leases or pin may change in the group's counts. */
 struct counts {
-	bool idle, swapped;
+	bool idle, swapped, doubled;
 };
 
 static struct counts counts_of(const struct om_block *b)
 {
-	return (struct counts){ b->host == OM_COPY_VALID && !b->leases && !b->pinned,
-		                om_block_swapped(b) };
+	bool idle = b->host == OM_COPY_VALID && !b->leases && !b->pinned;
+
+	return (struct counts){ idle, om_block_swapped(b), idle && b->body->packed };
 }
 
 /* Keep the group's counts, and its list of what is fetched ahead. */
@@ -137,24 +143,31 @@ static void recount(struct om_block *b, struct counts was)
 		om_list_push_tail(&g->ahead, &b->body->ahead);
 	g->idle += (uint64_t)now.idle - (uint64_t)was.idle;
 	g->swapped += (uint64_t)now.swapped - (uint64_t)was.swapped;
+	g->doubled += (uint64_t)now.doubled - (uint64_t)was.doubled;
+}
+
+/* Pinned copies are no members: nothing has to pass them by. Nor are those that go when they are let go. */
+static bool is_member(const struct om_block *b)
+{
+	return !b->pinned && !b->gone;
 }
 
 void om_block_access(struct om_block *b)
 {
 	struct om_policy *p = b->group->policy;
 
-	if (!b->pinned)
+	b->body->used_no = ++b->group->uses;
+	if (is_member(b))
 		p->ops->access(p, b->slot, om_block_host_bytes(b), b->host != OM_COPY_NONE);
 	if (b->group->foresight && !b->inner)
 		om_foresight_access(b->group->foresight, b);
 }
 
-/* Pinned copies are no members: nothing has to pass them by. */
 static void become_member(struct om_block *b)
 {
 	struct om_policy *p = b->group->policy;
 
-	if (!b->pinned)
+	if (is_member(b))
 		p->ops->add(p, b->slot, om_block_host_bytes(b));
 }
 
@@ -162,7 +175,7 @@ static void end_membership(struct om_block *b, bool evicted)
 {
 	struct om_policy *p = b->group->policy;
 
-	if (!b->pinned)
+	if (is_member(b))
 		p->ops->drop(p, b->slot, evicted);
 }
 
@@ -195,7 +208,22 @@ static uint64_t taken(const struct om_block *b)
 	return b->body->foreign ? om_up(OM_MAX(b->nbytes, 1), OM_PAGE) : b->body->mem.bytes;
 }
 
-static void free_host(struct om_block *b, struct om_pool *p, bool evicted)
+void om_block_lose_name(struct om_block *b)
+{
+	om_block_pin(b, false);
+	b->named = false;
+	if (b->host == OM_COPY_NONE) {
+		b->gone = true;
+		return;
+	}
+	end_membership(b, false);
+	count_host(b, -(int64_t)taken(b));
+	b->gone = true;
+	count_host(b, (int64_t)taken(b));
+}
+
+/* The HOST copy is no more; its bytes are the caller's. */
+static void end_host(struct om_block *b, bool evicted)
 {
 	struct counts was = counts_of(b);
 	struct om_body *body = b->body;
@@ -204,14 +232,6 @@ static void free_host(struct om_block *b, struct om_pool *p, bool evicted)
 	if (body->guessed)
 		om_foresight_end(b->group->foresight, b, false);
 	count_host(b, -(int64_t)bytes);
-	if (body->foreign) {
-		p->limit_bytes += bytes;
-		b->group->foreign_bytes -= bytes;
-		om_foreign_unref(body->foreign);
-		body->foreign = NULL;
-	} else {
-		om_pool_free(p, &body->mem);
-	}
 	if (b->host == OM_COPY_LEAVING)
 		b->group->leaving_bytes -= bytes;
 	body->data = NULL;
@@ -220,6 +240,50 @@ static void free_host(struct om_block *b, struct om_pool *p, bool evicted)
 	b->counted = 0;
 	end_membership(b, evicted);
 	recount(b, was);
+}
+
+static void free_host(struct om_block *b, struct om_pool *p, bool evicted)
+{
+	struct om_foreign *foreign = b->body->foreign;
+	uint64_t bytes = taken(b);
+
+	end_host(b, evicted);
+	if (foreign) {
+		p->limit_bytes += bytes;
+		b->group->foreign_bytes -= bytes;
+		b->body->foreign = NULL;
+		om_foreign_unref(foreign);
+	} else {
+		om_pool_free(p, &b->body->mem);
+	}
+}
+
+struct om_extent om_block_host_cede(struct om_block *b)
+{
+	struct om_extent mem = b->body->mem;
+
+	assert(b->host == OM_COPY_VALID && !b->leases && !b->body->foreign);
+	end_host(b, false);
+	b->body->mem.segment = NULL;
+	return mem;
+}
+
+uint64_t om_block_counted_bytes(const struct om_block *b)
+{
+	return b->gone || b->host == OM_COPY_NONE ? 0 : taken(b);
+}
+
+uint64_t om_block_entry_bytes(const struct om_block *b)
+{
+	uint64_t bytes = 0;
+
+	if (!b || !b->body)
+		return 0;
+	if (b->body->packed)
+		bytes += om_block_counted_bytes(b->body->packed);
+	if (b->body->origin)
+		bytes += om_block_counted_bytes(b->body->origin);
+	return bytes + om_block_counted_bytes(b);
 }
 
 void om_block_fill_fail(struct om_block *b, struct om_pool *p)

@@ -70,8 +70,9 @@ struct om_body {
 	bool touched; /* HOST was leased for sharing: it may differ from what lies below */
 	bool shown;  /* HOST was leased: a consumer that ignores read-only may have written to it */
 	bool unused; /* HOST was fetched ahead and nobody has leased it since */
-	bool guessed;  /* of these: foretold, not asked for */
-	uint8_t codec; /* of `packed`: OM_CODEC_CORE, or the face's number of who encoded it */
+	bool guessed;     /* of these: foretold, not asked for */
+	uint8_t codec;    /* of `packed`: OM_CODEC_CORE, or the face's number of who encoded it */
+	uint64_t used_no; /* the last access, by the group's count of them */
 };
 
 struct om_block {
@@ -93,6 +94,7 @@ struct om_block {
 	bool inner : 1;  /* an encoded form of another block, whose name it has */
 	bool blank : 1;  /* never had bytes: they will be zeros */
 	bool pinned : 1; /* its HOST copy is never chosen to go */
+	bool gone : 1;   /* it had a name: its HOST bytes are in no group's limit any more */
 	char name[];
 };
 
@@ -106,6 +108,10 @@ void om_block_retire(struct om_block *b);
 
 /* HOST bytes that a copy takes: each range in its own aligned superset; whole pages, at least one. */
 uint64_t om_block_host_bytes(const struct om_block *b);
+/* Those that count in the limit of its group now. */
+uint64_t om_block_counted_bytes(const struct om_block *b);
+/* With those of its encoded forms; NULL has none. */
+uint64_t om_block_entry_bytes(const struct om_block *b);
 static inline bool om_block_has_origin(const struct om_block *b)
 {
 	return b->body && (b->body->ranges || b->body->origin);
@@ -130,6 +136,16 @@ static inline bool om_block_clean(const struct om_block *b)
 	return om_block_has_origin(b) ||
 	       ((b->disk == OM_COPY_VALID || b->body->packed) && !b->body->touched);
 }
+/* May the HOST copy be let go without writing it anywhere? Entries of a cache may be lost. */
+static inline bool om_block_expendable(const struct om_block *b)
+{
+	return b->group->cache || om_block_clean(b);
+}
+/* Do the block's bytes count among those that must always find room? */
+static inline bool om_block_admitted(const struct om_block *b)
+{
+	return !om_block_has_origin(b) && !b->inner && !b->group->cache;
+}
 /* Swapped: the only bytes lie below HOST, written there by the store. */
 static inline bool om_block_swapped(const struct om_block *b)
 {
@@ -149,8 +165,13 @@ void om_block_adopt(struct om_block *b, struct om_pool *p, struct om_foreign *fo
 void om_block_disk_begin(struct om_block *b);                   /* NONE -> FILLING */
 void om_block_disk_end(struct om_block *b);                     /* FILLING -> VALID */
 void om_block_disk_drop(struct om_block *b, struct om_disk *d); /* any -> NONE */
-/* It has a name from now on, or none any more: then nothing pins it. */
+/* Gives the bytes of an idle copy of our own away: VALID -> NONE. */
+struct om_extent om_block_host_cede(struct om_block *b);
+/* It has a name from now on, or none any more: see om_block_lose_name. */
 void om_block_set_named(struct om_block *b, bool named);
+/* The name (or, of an inner block, its owner) is gone: nothing pins it, and what is left of it, as long as
+ * somebody holds it, counts in no limit of its group and is no member for its policy. */
+void om_block_lose_name(struct om_block *b);
 /* The block is asked for: the policy of its group learns of it. Before room is made. */
 void om_block_access(struct om_block *b);
 /* Leases of the HOST copy (VALID or FILLING); without one a VALID copy is idle: it may be chosen to go. */

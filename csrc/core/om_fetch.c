@@ -66,6 +66,7 @@ int om_fetch_reserve_locked(struct om_store *s, const struct om_group *g, uint64
                             struct om_extent *ret)
 {
 	uint64_t room = om_pool_room(&s->pool), most = 0;
+	int code;
 
 	/* An extent may be larger than asked for, so that a cached segment can be used whole, by what
 	 * neither the group's limit nor the pool's will miss. */
@@ -75,8 +76,11 @@ int om_fetch_reserve_locked(struct om_store *s, const struct om_group *g, uint64
 	if (g->streams) /* segments of its own, whole ones again and again: the slots of a ring */
 		most = room;
 	else if (bytes > OM_POOL_SMALL)
-		most = OM_MIN(room, bytes + bytes / 4);
-	return om_pool_alloc(&s->pool, bytes, most, ret);
+		most = g->cache ? bytes : OM_MIN(room, bytes + bytes / 4);
+	code = om_pool_alloc(&s->pool, bytes, most, ret);
+	if (!code && g->cache)
+		om_shed_trim_locked(s, g, bytes);
+	return code;
 }
 
 static int start_one_locked(struct om_store *s, struct om_block *b, enum om_move_priority priority,
@@ -444,7 +448,8 @@ static int survey_locked(struct om_store *s, struct om_block *const *blocks, siz
 
 		if (!b->named)
 			code = om_err(OM_ENAME, "block '%s' was removed", b->name);
-		else if (b->body->writer || (b->host == OM_COPY_FILLING && b->body->move->canceled))
+		else if (b->body->writer || (b->host == OM_COPY_FILLING &&
+		                             (!b->body->move || b->body->move->canceled)))
 			code = OM_EAGAIN;
 		else if (b->host == OM_COPY_NONE && b->body->packed && !om_block_coded(b))
 			code = om_err(OM_EPACKED,
@@ -465,7 +470,8 @@ static int unsettled_error(struct om_block *const *blocks, size_t count)
 			continue;
 		om_err(OM_EBUSY, "block '%s': %s at the deadline", b->name,
 		       b->body->writer ? "leased for writing"
-		                       : "a canceled fill is still in flight");
+		       : b->body->move ? "a canceled fill is still in flight"
+		                       : "still being put");
 		snprintf(om_err_last()->holders, OM_ERROR_HOLDERS, "%s", b->name);
 		return OM_EBUSY;
 	}
@@ -505,16 +511,18 @@ static int summon_locked(struct om_store *s, struct om_block *const *blocks, siz
 static void count_lease_locked(struct om_store *s, struct om_block *b, struct om_move *m)
 {
 	bool again = b->counted > 0, guessed = b->body->guessed;
+	/* A cache that encodes its entries finds them. */
+	bool found = !m || (b->group->cache && m->decoding && !om_decode_reads(m));
 
 	b->counted -= again;
-	if (!again)
-		om_traffic_note_locked(s, b, m ? OM_EVENT_MISS : OM_EVENT_HIT, 0, 0);
+	if (!again) {
+		om_traffic_note_locked(s, b, found ? OM_EVENT_HIT : OM_EVENT_MISS, 0, 0);
+		*(found ? &s->counters.hits : &s->counters.misses) += 1;
+	}
 	if (m) {
-		s->counters.misses += !again;
 		s->counters.prefetch_hits += m->speculative;
 		m->speculative = false;
 	} else {
-		s->counters.hits += !again;
 		s->counters.prefetch_hits += b->body->unused;
 		b->body->unused = false;
 	}

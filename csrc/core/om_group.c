@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "core/om_block.h"
+#include "core/om_tally.h"
 
 int om_group_create(const char *name, uint64_t capacity, struct om_group **ret)
 {
@@ -27,6 +28,7 @@ void om_group_destroy(struct om_group *g)
 {
 	om_policy_destroy(g->policy);
 	om_foresight_destroy(g->foresight);
+	om_tally_destroy(g->tally);
 	om_free(g->seats);
 	om_free(g->vacant);
 	om_free(g);
@@ -102,7 +104,7 @@ int om_group_set_policy(struct om_group *g, const struct om_policy_ops *ops)
 	for (uint32_t slot = 0; slot < g->seat_count; slot++) {
 		const struct om_block *b = g->seats[slot];
 
-		if (!b || b->host == OM_COPY_NONE || b->pinned)
+		if (!b || b->host == OM_COPY_NONE || b->pinned || b->gone)
 			continue;
 		ops->access(p, slot, om_block_host_bytes(b), false);
 		ops->add(p, slot, om_block_host_bytes(b));
@@ -117,6 +119,23 @@ struct choice {
 	bool (*may)(void *arg, const struct om_block *b);
 	void *arg;
 };
+
+static bool is_whole(void *arg, uint32_t slot)
+{
+	const struct choice *c = arg;
+	const struct om_block *b = c->group->seats[slot];
+
+	return b->host == OM_COPY_VALID && c->may(c->arg, b);
+}
+
+struct om_block *om_group_oldest(struct om_group *g,
+                                 bool (*may)(void *arg, const struct om_block *b), void *arg)
+{
+	struct choice c = { g, may, arg };
+	uint32_t slot = g->policy->ops->victim(g->policy, is_whole, &c);
+
+	return slot == OM_NIL ? NULL : g->seats[slot];
+}
 
 static bool may_go(void *arg, uint32_t slot)
 {

@@ -4,6 +4,9 @@
  * A block has a seat in its group from its creation on: the slot by which the policy knows it, so
  * that what was learned about it outlives its eviction. Copies in HOST are the policy's members, leased
  * ones too: they keep their place in its order, but are never chosen.
+ *
+ * A cache is a group whose blocks may be lost: a victim is removed, unless an origin or a packed form holds
+ * its bytes. Its limit counts what has a name; who is chosen may be leased (om_shed.c).
  */
 #ifndef OM_GROUP_H
 #define OM_GROUP_H
@@ -20,15 +23,25 @@ struct om_group {
 	uint64_t limit_bytes;  /* 0: only the store's binds */
 	uint64_t lowered_from; /* it used so much when its limit was lowered: om_store_check only */
 	uint64_t used_bytes,
-		peak_bytes;     /* HOST extents of its blocks, FILLING and LEAVING included */
+		peak_bytes;     /* HOST extents of its blocks with a name, or that get one */
+	uint64_t packed_bytes;  /* of these, of encoded forms */
+	uint64_t loose_bytes;   /* of these, extents that a thread fills before a block has them */
+	uint64_t gone_bytes;    /* HOST extents of those that had one: held by somebody */
 	uint64_t leaving_bytes; /* of those, LEAVING */
-	uint64_t packed_bytes;  /* of those, of encoded forms */
 	uint64_t read_bytes, decoded_bytes, decode_ns;
 	uint64_t disk_bytes;    /* runs of the swap file that its blocks hold */
 	uint64_t foreign_bytes; /* HOST bytes of somebody else */
 	uint64_t blocks, leases, pinned;
 	uint64_t swapped; /* blocks whose only bytes lie below HOST */
 	uint64_t idle;    /* copies that may be chosen to go: VALID, neither leased nor pinned */
+	uint64_t doubled; /* of these, those that are there in a packed form too */
+	uint64_t uses;    /* accesses ever */
+	bool cache;       /* its blocks may be lost */
+	uint32_t batch; /* of a cache: victims until others get the lock; 0: as many as it takes */
+	uint32_t threshold;     /* of a cache: a name is kept the so-manieth time that it is put */
+	struct om_tally *tally; /* how often names were put that are not kept yet */
+	uint64_t evictions;     /* of a cache: entries that made way */
+	struct om_group *rows;  /* of a cache: parts of entries that were asked for */
 	struct om_traffic traffic;
 	char trouble[OM_ERROR_TEXT]; /* why swapping out stopped early; "": it did not */
 	struct om_list ahead;        /* FILLING, not leased: fetched ahead of use */
@@ -38,8 +51,8 @@ struct om_group {
 	uint32_t *vacant;               /* slots, a stack */
 	uint32_t vacant_count, seat_count;
 	struct om_group_check {
-		uint64_t bytes, packed_bytes, disk_bytes, foreign_bytes, blocks, leases, pinned,
-			swapped, idle;
+		uint64_t bytes, packed_bytes, gone_bytes, disk_bytes, foreign_bytes, blocks, leases,
+			pinned, swapped, idle, doubled;
 	} check; /* om_store_check only */
 	unsigned
 		streams; /* of these: what they fetch ahead is finished by the thread that uses it */
@@ -57,6 +70,10 @@ int om_group_foresee(struct om_group *g, bool on);
 int om_group_set_policy(struct om_group *g, const struct om_policy_ops *ops);
 /* The policy's choice among idle copies that `may` go, or NULL. */
 struct om_block *om_group_victim(struct om_group *g,
+                                 bool (*may)(void *arg, const struct om_block *b), void *arg);
+
+/* As om_group_victim, among all copies that are VALID, leased ones too. */
+struct om_block *om_group_oldest(struct om_group *g,
                                  bool (*may)(void *arg, const struct om_block *b), void *arg);
 
 #endif

@@ -194,7 +194,7 @@ static int check_block(const struct om_block *b)
 	/* I4: at most one copy is being filled, by one move. */
 	if (b->host == OM_COPY_FILLING && b->disk == OM_COPY_FILLING)
 		return om_err(OM_ECORRUPT, "I4: block '%s' fills two copies", b->name);
-	if (b->host == OM_COPY_FILLING && !body->move && b->named)
+	if (b->host == OM_COPY_FILLING && !body->move && b->named && !b->leases)
 		return om_err(OM_ECORRUPT, "I4: block '%s' fills without a move", b->name);
 	/* I5: a LEAVING copy has no lease. */
 	if (b->host == OM_COPY_LEAVING && b->leases)
@@ -212,10 +212,14 @@ static void sum_block(const struct om_block *b, struct om_group_check *sum, uint
 	const struct om_body *body = b->body;
 
 	if (b->host != OM_COPY_NONE) {
-		sum->bytes += body->foreign ? bytes : body->mem.bytes;
-		sum->packed_bytes += b->inner ? body->mem.bytes : 0;
+		uint64_t taken = body->foreign ? bytes : body->mem.bytes;
+
+		*(b->gone ? &sum->gone_bytes : &sum->bytes) += taken;
+		sum->packed_bytes += b->inner && !b->gone ? taken : 0;
 		sum->foreign_bytes += body->foreign ? bytes : 0;
 		sum->idle += b->host == OM_COPY_VALID && !b->leases && !b->pinned;
+		sum->doubled += b->host == OM_COPY_VALID && !b->leases && !b->pinned &&
+		                body->packed;
 		*pool += body->foreign ? 0 : body->mem.bytes;
 	}
 	if (body) {
@@ -228,17 +232,21 @@ static void sum_block(const struct om_block *b, struct om_group_check *sum, uint
 	sum->leases += b->leases;
 	sum->pinned += b->pinned;
 	sum->swapped += om_block_swapped(b);
-	*sole += om_block_has_origin(b) || b->inner ? 0 : bytes;
+	*sole += om_block_admitted(b) ? bytes : 0;
 }
 
 static int check_group(struct om_group *g)
 {
-	const struct om_group_check is = { g->used_bytes,    g->packed_bytes, g->disk_bytes,
-		                           g->foreign_bytes, g->blocks,       g->leases,
-		                           g->pinned,        g->swapped,      g->idle };
-	static const char *const names[] = { "HOST bytes",      "PACKED bytes", "DISK bytes",
-		                             "bytes of others", "blocks",       "leases",
-		                             "pinned",          "swapped",      "idle" };
+	const struct om_group_check is = { g->used_bytes, g->packed_bytes,  g->gone_bytes,
+		                           g->disk_bytes, g->foreign_bytes, g->blocks,
+		                           g->leases,     g->pinned,        g->swapped,
+		                           g->idle,       g->doubled };
+	static const char *const names[] = {
+		"HOST bytes", "encoded bytes",   "bytes without a name",
+		"DISK bytes", "bytes of others", "blocks",
+		"leases",     "pinned",          "swapped",
+		"idle",       "doubled"
+	};
 	const uint64_t *counted = (const uint64_t *)&is, *summed = (const uint64_t *)&g->check;
 
 	for (size_t i = 0; i < sizeof(is) / sizeof(*counted); i++)
@@ -258,8 +266,11 @@ static int check_sums(struct om_store *s)
 	uint64_t pool = 0, disk = 0, sole = 0;
 	int code = 0;
 
-	OM_LIST_FOREACH(link, &s->groups)
-		om_container_of(link, struct om_group, link)->check = (struct om_group_check){ 0 };
+	OM_LIST_FOREACH(link, &s->groups) {
+		struct om_group *g = om_container_of(link, struct om_group, link);
+
+		g->check = (struct om_group_check){ .bytes = g->loose_bytes };
+	}
 	OM_LIST_FOREACH(link, &s->blocks) {
 		const struct om_block *b = om_container_of(link, struct om_block, all);
 

@@ -172,7 +172,7 @@ bool om_lease_writable(const struct om_lease *l)
  * same (`touched`). */
 static int own_bytes_locked(struct om_store *s, struct om_block *b, enum om_access access)
 {
-	int code = om_block_has_origin(b) ? om_room_admit_locked(s, b->name, b->nbytes) : 0;
+	int code = om_block_has_origin(b) ? om_room_admit_locked(s, b) : 0;
 
 	if (code)
 		return code;
@@ -244,8 +244,8 @@ static int lease_alone_locked(struct om_store *s, struct om_block *b, uint64_t d
 	}
 }
 
-static int lease_locked(struct om_store *s, struct om_block *b, enum om_access access,
-                        uint64_t deadline_ns, struct om_lease **ret)
+int om_lease_take_locked(struct om_store *s, struct om_block *b, enum om_access access,
+                         uint64_t deadline_ns, struct om_lease **ret)
 {
 	int code = access == OM_WRITE ? lease_alone_locked(s, b, deadline_ns)
 	                              : om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
@@ -273,11 +273,10 @@ int om_store_lease(struct om_store *s, const char *name, enum om_access access,
 
 	if (code)
 		return code;
-	return om_store_leave_block(s, b, lease_locked(s, b, access, deadline_ns, ret));
+	return om_store_leave_block(s, b, om_lease_take_locked(s, b, access, deadline_ns, ret));
 }
 
-/* Could a lease for reading be had without any waiting or work? */
-static bool at_hand(const struct om_block *b)
+bool om_lease_at_hand(const struct om_block *b)
 {
 	return b->host == OM_COPY_VALID && !b->body->writer;
 }
@@ -289,9 +288,9 @@ int om_store_lease_now(struct om_store *s, const char *name, struct om_lease **r
 
 	if (code)
 		return code == OM_ENAME ? OM_EAGAIN : code;
-	if (!at_hand(b))
+	if (!om_lease_at_hand(b))
 		return om_store_leave_block(s, b, OM_EAGAIN);
-	return om_store_leave_block(s, b, lease_locked(s, b, OM_READ, 0, ret));
+	return om_store_leave_block(s, b, om_lease_take_locked(s, b, OM_READ, 0, ret));
 }
 
 /* ---- blocks by reference ---- */
@@ -323,10 +322,10 @@ int om_block_lease_bytes(struct om_store *s, struct om_block *b, enum om_access 
 	om_block_ref(b);
 	if (!b->named)
 		code = om_err(OM_ENAME, "block '%s' was removed", b->name);
-	if (!code && at_hand(b))
+	if (!code && om_lease_at_hand(b))
 		b->counted++; /* who has accessed it takes a view now */
 	if (!code)
-		code = lease_locked(s, b, access, deadline_ns, ret);
+		code = om_lease_take_locked(s, b, access, deadline_ns, ret);
 	return om_store_leave_block(s, b, code);
 }
 
@@ -363,7 +362,7 @@ int om_store_access_now(struct om_store *s, const char *group, const char *name,
 	if (code)
 		return code;
 	b = om_table_find(&s->table, name);
-	if (!b || !at_hand(b) || !is_in(b, group))
+	if (!b || !om_lease_at_hand(b) || !is_in(b, group))
 		return om_store_leave(s, OM_EAGAIN);
 	om_fetch_hit_locked(s, b);
 	om_block_ref(b);

@@ -363,6 +363,19 @@ void om_pool_free(struct om_pool *p, struct om_extent *e)
 		cache_put(p, s);
 }
 
+void om_pool_cut(struct om_pool *p, struct om_extent *e, uint64_t bytes)
+{
+	struct om_segment *s = e->segment;
+	uint64_t size = om_up(OM_MAX(bytes, 1), OM_PAGE);
+
+	assert(!s->arena && s->used == e->bytes && size <= e->bytes);
+	if (size == s->bytes)
+		return;
+	p->used_bytes -= e->bytes - size;
+	segment_cut(p, s, size);
+	s->used = e->bytes = size;
+}
+
 bool om_pool_fits(const struct om_pool *p, uint64_t bytes)
 {
 	uint64_t size = om_up(bytes, OM_PAGE);

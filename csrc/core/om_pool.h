@@ -71,6 +71,8 @@ int om_pool_alloc(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_ex
  * again and leaves the pool, and the last unref unmaps it. */
 /* An extent may be cut into parts of whole pages, each freed on its own. */
 void om_pool_free(struct om_pool *p, struct om_extent *e);
+/* Give the end of an extent back that has a segment for itself: `bytes` of it stay, rounded up to pages. */
+void om_pool_cut(struct om_pool *p, struct om_extent *e, uint64_t bytes);
 /* Bytes of the limit that no live segment takes. */
 uint64_t om_pool_room(const struct om_pool *p);
 /* Could om_pool_alloc succeed now, as far as the limit goes? */

@@ -3,7 +3,8 @@
  *
  * Victims: idle copies of a group over its own limit, else of any group, as its policy says; then what
  * was fetched ahead and is not yet in use. A clean copy is dropped, a dirty one is
- * written out (om_spill.c). Nothing leased is touched.
+ * written out (om_spill.c). Nothing leased is touched, but in a cache that is over its own limit, whose
+ * entries lose their names (om_shed.c).
  */
 #include <errno.h>
 #include <stdio.h>
@@ -34,7 +35,7 @@ static bool granted(void *arg, const struct om_block *b)
 {
 	const struct wish *w = arg;
 
-	return (w->dirty || om_block_clean(b)) && !kept(b, w->keep, w->keep_count);
+	return (w->dirty || om_block_expendable(b)) && !kept(b, w->keep, w->keep_count);
 }
 
 static bool over_limit(const struct om_group *g)
@@ -138,29 +139,61 @@ static int limit_error(struct om_group *g, uint64_t bytes, uint64_t limit, bool 
 
 void om_room_drop_locked(struct om_store *s, struct om_block *b)
 {
+	if (b->group->cache && !om_block_clean(b)) {
+		om_shed_locked(s, b); /* it is idle: that needs no memory */
+		return;
+	}
+	b->group->evictions += !b->body->packed;
 	s->counters.drops++;
 	om_traffic_note_locked(s, b, OM_EVENT_OUT, 0, 0);
 	s->counters.prefetch_waste += b->body->unused;
 	om_block_host_drop(b, &s->pool);
 }
 
-int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, bool spill,
-                        struct om_block *const *keep, size_t keep_count)
+/* Those of entries that may not go. */
+static uint64_t entries_bytes(struct om_block *const *keep, size_t keep_count)
 {
+	uint64_t bytes = 0;
+
+	for (size_t i = 0; i < keep_count; i++)
+		bytes += om_block_entry_bytes(keep[i]);
+	return bytes;
+}
+
+int om_room_step_locked(struct om_store *s, struct om_group *g, uint64_t bytes, uint64_t own_bytes,
+                        bool spill, struct om_block *const *keep, size_t keep_count)
+{
+	uint32_t victims = 0;
+
 	if (g->limit_bytes && bytes > g->limit_bytes)
 		return limit_error(g, bytes, g->limit_bytes, true);
 	if (bytes > s->host_limit_bytes)
 		return limit_error(g, bytes, s->host_limit_bytes, false);
+	if (g->cache && own_bytes + entries_bytes(keep, keep_count) > g->limit_bytes &&
+	    g->limit_bytes)
+		return limit_error(g, own_bytes + entries_bytes(keep, keep_count), g->limit_bytes,
+		                   true);
 	for (;;) {
-		bool own = !group_fits(g, bytes), any;
+		bool own = !group_fits(g, own_bytes), any;
 		struct om_group *only = own ? g : NULL;
-		uint64_t need = bytes + (over_limit(g) ? g->used_bytes - g->limit_bytes : 0);
+		uint64_t need = (own ? own_bytes : bytes) +
+		                (over_limit(g) ? g->used_bytes - g->limit_bytes : 0);
 		struct om_block *b;
 
 		if (!own && om_pool_fits(&s->pool, bytes))
 			return 0;
 		if (departing(s, only, need, &any))
 			return OM_EAGAIN;
+		if (own && g->cache) {
+			int code = om_shed_oldest_locked(s, g, keep, keep_count);
+
+			if (code < 0 && code != OM_EAGAIN)
+				return code;
+			if (!code && spill && ++victims == g->batch)
+				return OM_ROOM_STEP;
+			if (!code)
+				continue;
+		}
 		b = pick_victim(s, only, false, keep, keep_count);
 		if (b) {
 			om_room_drop_locked(s, b);
@@ -179,6 +212,29 @@ int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, 
 	}
 }
 
+void om_room_pause_locked(struct om_store *s)
+{
+	s->inside++;
+	om_mutex_unlock(&s->lock);
+	om_mutex_lock(&s->lock);
+	s->inside--;
+	om_store_changed_locked(s);
+}
+
+int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, bool spill,
+                        struct om_block *const *keep, size_t keep_count)
+{
+	for (;;) {
+		int code = om_room_step_locked(s, g, bytes, bytes, spill, keep, keep_count);
+
+		if (code != OM_ROOM_STEP)
+			return code;
+		om_room_pause_locked(s);
+		if (s->closing)
+			return om_err(OM_ECLOSED, "the store is closed");
+	}
+}
+
 void om_room_shrink_locked(struct om_store *s, struct om_group *g)
 {
 	while (!s->closing && over_limit(g)) {
@@ -187,6 +243,8 @@ void om_room_shrink_locked(struct om_store *s, struct om_group *g)
 
 		if (departing(s, g, g->used_bytes - g->limit_bytes, &any))
 			return;
+		if (g->cache && !om_shed_oldest_locked(s, g, NULL, 0))
+			continue;
 		b = pick_victim(s, g, false, NULL, 0);
 		if (b) {
 			om_room_drop_locked(s, b);
@@ -310,7 +368,7 @@ int om_room_evict_locked(struct om_store *s, struct om_block *b, uint64_t deadli
 			return 1;
 		if (b->leases || b->pinned)
 			return 0;
-		if (b->host == OM_COPY_VALID && om_block_clean(b) && !b->body->holds) {
+		if (b->host == OM_COPY_VALID && om_block_expendable(b) && !b->body->holds) {
 			om_room_drop_locked(s, b);
 			return 1;
 		}
@@ -345,7 +403,7 @@ static void find_largest_locked(struct om_store *s)
 	OM_LIST_FOREACH(link, &s->blocks) {
 		const struct om_block *b = om_container_of(link, struct om_block, all);
 
-		if (!om_block_has_origin(b) && b->named && !b->inner)
+		if (om_block_admitted(b) && b->named)
 			s->sole_largest =
 				OM_MAX(s->sole_largest, om_up(OM_MAX(b->nbytes, 1), OM_PAGE));
 	}
@@ -362,11 +420,14 @@ static bool admissible(struct om_store *s, uint64_t bytes, uint64_t capacity)
 	        total + 2 * largest <= s->host_limit_bytes + capacity);
 }
 
-int om_room_admit_locked(struct om_store *s, const char *name, uint64_t bytes)
+int om_room_admit_locked(struct om_store *s, const struct om_block *b)
 {
+	const char *name = b->name;
+	uint64_t bytes = om_up(OM_MAX(b->nbytes, 1), OM_PAGE);
 	uint64_t capacity = om_disk_capacity(&s->disk);
 
-	bytes = om_up(OM_MAX(bytes, 1), OM_PAGE);
+	if (b->group->cache)
+		return 0;
 	if (!admissible(s, bytes, capacity))
 		find_largest_locked(s);
 	if (admissible(s, bytes, capacity)) {

@@ -1,6 +1,7 @@
 /*
  * om_store_int: the store's inside, shared by om_store.c (life, groups, waiting), om_lease.c, om_add.c,
- * om_swap.c (giving memory back), om_pack.c (encoded forms), om_traffic.c (counters and events),
+ * om_swap.c (giving memory back), om_pack.c (encoded forms), om_put.c, om_get.c, om_shed.c (caches),
+ * om_traffic.c (counters and events),
  * om_room.c (making room), om_spill.c, om_fetch.c (fills, waiting, the work owed), om_mover.c (the thread that owns
  * the ring), om_work.c (pages ahead of reads), om_ticket.c, om_stream.c, om_inspect.c. `_locked`: the
  * store lock is held.
@@ -99,10 +100,19 @@ void om_store_drain_locked(struct om_store *s);
 void om_lease_drain_closed(struct om_store *s); /* likewise, of a store that is closed */
 /* Make a lease object of a counted lease. NULL: error set, the count is untouched. */
 struct om_lease *om_lease_make_locked(struct om_store *s, struct om_block *b, bool write);
+/* The body of om_store_lease. May give up the lock. */
+int om_lease_take_locked(struct om_store *s, struct om_block *b, enum om_access access,
+                         uint64_t deadline_ns, struct om_lease **ret);
+/* Could a lease for reading be had without any waiting or work? */
+bool om_lease_at_hand(const struct om_block *b);
 
 /* om_add.c */
 /* An open file of this store for the path, or a new one. */
 int om_store_open_file(struct om_store *s, const char *path, struct om_file **ret);
+/* It loses its name; what nobody holds goes at once (the block may). */
+void om_store_forget_locked(struct om_store *s, struct om_block *b);
+/* Is the name one that a block can have? */
+int om_store_check_name(const char *name);
 /* The block has no name, no lease and no move: it goes. */
 void om_store_reap_locked(struct om_store *s, struct om_block *b);
 
@@ -113,7 +123,14 @@ void om_store_reap_locked(struct om_store *s, struct om_block *b);
  * copies are sent out as well (the lock is given up meanwhile: look everything up again). */
 int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, bool spill,
                         struct om_block *const *keep, size_t keep_count);
-/* As above, waiting until there is room. */
+/* As above, but that only `own_bytes` count in the limit of `g`, and that it stops with OM_ROOM_STEP after
+ * so many victims as a cache's step may take. */
+#define OM_ROOM_STEP 1
+int om_room_step_locked(struct om_store *s, struct om_group *g, uint64_t bytes, uint64_t own_bytes,
+                        bool spill, struct om_block *const *keep, size_t keep_count);
+/* Let others have the lock. */
+void om_room_pause_locked(struct om_store *s);
+/* As om_room_make_locked, waiting until there is room. */
 int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
                         uint64_t deadline_ns, struct om_block *const *keep, size_t keep_count);
 /* Bring a group back under a limit that was lowered, as far as leases allow: clean idle copies go now,
@@ -126,7 +143,7 @@ bool om_room_free_locked(struct om_store *s, const struct om_group *g, uint64_t 
 /* The policy's choice among all idle copies of a group, or of those that are no packed form. */
 struct om_block *om_room_victim_locked(struct om_store *s, struct om_group *g);
 struct om_block *om_room_plain_victim_locked(struct om_group *g);
-/* Give up an idle clean copy. */
+/* Give up an idle copy that is expendable (the block may go). */
 void om_room_drop_locked(struct om_store *s, struct om_block *b);
 /* Let one idle or leaving block go. 1, 0 (leased) or an error. May give up the lock. */
 int om_room_evict_locked(struct om_store *s, struct om_block *b, uint64_t deadline_ns);
@@ -138,9 +155,21 @@ int om_room_verdict_locked(struct om_store *s, int code, unsigned failed_before)
 void om_room_busy_error(struct om_store *s, struct om_group *g, uint64_t bytes);
 /* List who leases blocks (of one group), those with views first, as far as it fits. `text` is "". */
 void om_room_holders(struct om_store *s, const struct om_group *only, char *text, size_t size);
-/* May a block of `bytes` without an origin be accepted? */
-int om_room_admit_locked(struct om_store *s, const char *name, uint64_t bytes);
+/* May a block be accepted whose bytes must always find room? */
+int om_room_admit_locked(struct om_store *s, const struct om_block *b);
 void om_room_unadmit_locked(struct om_store *s, uint64_t bytes);
+
+/* om_shed.c: victims of caches */
+/* Let the oldest entry of a cache go that is none of `keep`: what an origin or a packed form holds is
+ * dropped, else the entry is removed; what somebody leases goes on without a name. 0; OM_EAGAIN: there
+ * is none; -ENOMEM. */
+int om_shed_oldest_locked(struct om_store *s, struct om_group *g, struct om_block *const *keep,
+                          size_t keep_count);
+/* Let one VALID copy go so. Idle ones cannot fail. */
+int om_shed_locked(struct om_store *s, struct om_block *b);
+/* `bytes` more are to be a cache's: nothing may stay mapped for later that takes it over its limit, if it
+ * has the store for itself. */
+void om_shed_trim_locked(struct om_store *s, const struct om_group *g, uint64_t bytes);
 
 /* om_spill.c */
 /* Begin to write an idle dirty copy out. 0: it is under way, or gone already (what lies below holds
@@ -162,6 +191,8 @@ int om_traffic_init(struct om_store *s);
 /* Count an event of a block's group, and keep it in the ring. */
 void om_traffic_note_locked(struct om_store *s, struct om_block *b, enum om_event_kind kind,
                             uint64_t bytes, uint64_t began_ns);
+/* A group was asked for a name that it has not. */
+void om_traffic_miss_locked(struct om_store *s, struct om_group *g, const char *name);
 
 /* om_pack.c */
 /* The packed form of a block is of no use any more; its origin is none any more. */
@@ -170,11 +201,25 @@ void om_pack_forget_origin_locked(struct om_store *s, struct om_block *b);
 /* A record for an encoded form, on the store's list, with a reference for its owner. */
 int om_pack_make_inner_locked(struct om_store *s, struct om_block *owner, uint64_t nbytes,
                               struct om_block **ret);
+/* Memory for bytes that are made without the lock, and are no block's yet: a segment of its own, of that
+ * size. Counted in loose_bytes. */
+int om_pack_loose_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
+                         uint64_t deadline_ns, struct om_extent *ret);
+/* Only `bytes` of it are needed; it is a block's from now on; it is not needed. */
+void om_pack_cut_loose_locked(struct om_store *s, struct om_group *g, struct om_extent *mem,
+                              uint64_t bytes);
+void om_pack_end_loose_locked(struct om_store *s, struct om_group *g, const struct om_extent *mem);
+void om_pack_free_loose_locked(struct om_store *s, struct om_group *g, struct om_extent *mem);
+/* Encode bytes that are, or are to be, those of a block, and decode the result to compare it. ret->bytes 0: it
+ * would hardly be smaller. Without the lock. */
+int om_pack_encode(const struct om_block *b, const void *data, enum om_coding coding,
+                   struct om_extent mem, struct om_coded *ret);
 /* Encode the bytes of a block that the caller leases, and keep the form in HOST beside them: a fill is
- * decoded from it from now on. *ret: the form, a reference; NULL: it would hardly be smaller. Gives up the
+ * decoded from it from now on. *ret: the form, a reference; NULL: it would hardly be smaller, or of more than
+ * `most` bytes. Gives up the
  * lock. */
 int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding coding,
-                          uint64_t deadline_ns, struct om_block **ret);
+                          uint64_t most, uint64_t deadline_ns, struct om_block **ret);
 
 /* om_decode.c */
 /* `m` fills its block from `from`, which is in HOST or on its way. -ENOMEM. */

@@ -270,12 +270,12 @@ static uint64_t kept_bytes(const struct om_stream *st)
 	return bytes;
 }
 
-/* May this form be kept as well, and the ring be as large as it has to be? */
-static bool has_room(const struct om_stream *st, const struct om_block *form)
+/* Bytes of forms that may be kept besides, so that the ring can be as large as it has to be. */
+static uint64_t room_for_forms(const struct om_stream *st)
 {
-	uint64_t limit = st->group->limit_bytes;
+	uint64_t limit = st->group->limit_bytes, taken = kept_bytes(st) + st->ring_bytes;
 
-	return !limit || kept_bytes(st) + om_block_host_bytes(form) + st->ring_bytes <= limit;
+	return limit ? om_down(limit - OM_MIN(limit, taken), OM_PAGE) : UINT64_MAX;
 }
 
 /* Read a block and encode it, unless it comes encoded. What would hardly be smaller is not kept. */
@@ -289,13 +289,13 @@ static int load_encoded_locked(struct om_stream *st, struct unit *u, size_t k, u
 	code = om_fetch_lease_locked(st->store, &b, 1, deadline_ns, NULL);
 	if (code)
 		return code;
-	code = om_pack_encode_locked(st->store, b, coding_of(u, k), deadline_ns, &form);
-	if (form && has_room(st, form)) {
+	code = om_pack_encode_locked(st->store, b, coding_of(u, k), room_for_forms(st), deadline_ns,
+	                             &form);
+	if (form) {
 		om_block_lease(form);
 		code = keep_form_locked(st, u, k, form);
 	} else if (!code) {
 		u->keep[k] = OM_KEEP_NOTHING;
-		om_pack_drop_locked(st->store, b);
 	}
 	om_block_unref(form);
 	om_fetch_unlease_locked(st->store, b);

@@ -85,7 +85,7 @@ static void begin_one_locked(struct om_swap *w, struct om_block *b)
 	uint64_t bytes = om_block_host_bytes(b);
 
 	om_block_ref(b);
-	if (om_block_clean(b))
+	if (om_block_expendable(b))
 		om_room_drop_locked(s, b);
 	else if (om_spill_locked(s, b))
 		stop(w);

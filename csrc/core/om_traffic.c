@@ -36,20 +36,35 @@ static void add_up(struct om_traffic *t, enum om_event_kind kind, uint64_t bytes
 	*(out ? &t->out_ns : &t->in_ns) += took_ns;
 }
 
-void om_traffic_note_locked(struct om_store *s, struct om_block *b, enum om_event_kind kind,
-                            uint64_t bytes, uint64_t began_ns)
+static struct om_note *make_note(struct om_store *s, struct om_group *g, const char *name,
+                                 enum om_event_kind kind, uint64_t bytes, uint64_t began_ns)
 {
 	struct om_note *n = &s->notes[s->note_count++ % OM_NOTES];
 
-	if (b->inner && (kind == OM_EVENT_OUT || kind == OM_EVENT_IN))
-		kind += OM_EVENT_PACKED_OUT - OM_EVENT_OUT;
 	n->at_ns = om_now();
 	n->took_ns = began_ns ? n->at_ns - began_ns : 0;
 	n->bytes = bytes;
-	n->group = b->group;
+	n->group = g;
 	n->kind = (uint8_t)kind;
-	strncpy(n->block, b->name, sizeof(n->block) - 1);
-	add_up(&b->group->traffic, kind, bytes, n->took_ns);
+	strncpy(n->block, name, sizeof(n->block) - 1);
+	add_up(&g->traffic, kind, bytes, n->took_ns);
+	return n;
+}
+
+void om_traffic_miss_locked(struct om_store *s, struct om_group *g, const char *name)
+{
+	make_note(s, g, name, OM_EVENT_MISS, 0, 0);
+	s->counters.misses++;
+}
+
+void om_traffic_note_locked(struct om_store *s, struct om_block *b, enum om_event_kind kind,
+                            uint64_t bytes, uint64_t began_ns)
+{
+	const struct om_note *n;
+
+	if (b->inner && (kind == OM_EVENT_OUT || kind == OM_EVENT_IN))
+		kind += OM_EVENT_PACKED_OUT - OM_EVENT_OUT;
+	n = make_note(s, b->group, b->name, kind, bytes, began_ns);
 	if (kind == OM_EVENT_HIT || kind == OM_EVENT_MISS) {
 		b->accessed_ns = n->at_ns;
 		b->accesses += b->accesses < UINT32_MAX;
@@ -97,6 +112,11 @@ int om_store_group_stats(struct om_store *s, const char *group, struct om_group_
 		.host_bytes = g->used_bytes,
 		.host_peak_bytes = g->peak_bytes,
 		.disk_bytes = g->disk_bytes,
+		.limit_bytes = g->limit_bytes,
+		.packed_bytes = g->packed_bytes,
+		.gone_bytes =
+			g->gone_bytes + (g->rows ? g->rows->used_bytes + g->rows->gone_bytes : 0),
+		.evictions = g->evictions,
 		.traffic = g->traffic,
 	};
 	if (g->foresight) {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from omnimem import checkpoint as checkpoint
 from omnimem._core import Lease, Ticket, Window
 from omnimem.block import MemoryBlock, MemoryRegionType
-from omnimem.config import StoreConfig, format_size, parse_size
+from omnimem.cache import ModelWeightCache
+from omnimem.config import CacheConfig, StoreConfig, format_size, parse_size
 from omnimem.errors import (
     BusyError,
     ClosedError,
@@ -50,6 +51,7 @@ __all__ = [
     "BlockInfo",
     "BusyError",
     "Cache",
+    "CacheConfig",
     "ClockSwapAlgorithm",
     "ClosedError",
     "CompressionManager",
@@ -68,6 +70,7 @@ __all__ = [
     "MemoryPressureLevel",
     "MemoryPressureMonitor",
     "MemoryRegionType",
+    "ModelWeightCache",
     "NVMeOptimizer",
     "SimulationResult",
     "Store",

@@ -18,6 +18,7 @@ class _SupportsDLPack(Protocol):
     def __dlpack__(self) -> Any: ...
 
 _Capsule: TypeAlias = Any  # types.CapsuleType is younger than Python 3.11
+_Index: TypeAlias = slice | Iterable[SupportsIndex]
 _Data: TypeAlias = Buffer | _SupportsDLPack | _Capsule
 
 class Store:
@@ -373,6 +374,62 @@ class Ranking:
 
     def victim(self) -> int | None:
         """The slot of the member to give up, or None."""
+
+class Cache:
+    def __init__(
+        self,
+        store: Store,
+        group: str,
+        prefix: str,
+        limit: int,
+        batch: int,
+        threshold: int,
+        coding: int,
+    ) -> None: ...
+    def get(self, model_key: str, layer_name: str, index: _Index | None = None) -> Any:
+        """Weights from the cache, or some rows of them; None: it has none.
+
+        Parameters
+        ----------
+        model_key, layer_name : str
+            What they were put as, or of an attached checkpoint, a tensor's name.
+        index : slice or sequence of int, optional
+            Rows along the first dimension, as NumPy takes them. Of attached weights that are not
+            in memory only the bytes of these rows are read, and they do not become a part of the
+            cache. A slice of step 1 of weights in memory is no copy.
+
+        Returns
+        -------
+        torch.Tensor, Lease, Window or None
+            A tensor where torch is loaded in this process, else an object with DLPack and the
+            buffer protocol. No copy: valid as long as it is held, also when the entry goes. Do
+            not write to it: torch lets you, and later callers see that for as long as this memory
+            is the entry's.
+
+        Raises
+        ------
+        CorruptError, IOFailure
+            The file of an attached checkpoint has changed, or cannot be read.
+        LimitError
+            It is larger than the cache.
+        IndexError
+            A row outside the weights.
+        ClosedError
+            The cache is closed.
+        """
+
+    def contains(self, model_key: str, layer_name: str, /) -> bool:
+        """Whether `get` would find it: in memory, or in an attached checkpoint."""
+
+    def remove(self, model_key: str, layer_name: str, /) -> bool:
+        """Forget weights, attached ones too; False: there were none. Who holds them keeps them."""
+
+    def _put(self, model_key: str, layer_name: str, data: _Data, /) -> bool: ...
+    def _key(self, model_key: str, layer_name: str, /) -> str: ...
+    def _peek(self, key: str, /) -> Any: ...
+    def _shed(self, nbytes: int, most: int, /) -> tuple[int, int]: ...
+    def _entries(self) -> list[tuple[str, int, int, int, int]]: ...
+    def _close(self) -> None: ...
 
 def _same_bytes(a: _Data, b: _Data, /) -> bool: ...
 def _block_setup(type: Any, unpacker: Any, /) -> None: ...

@@ -135,6 +135,61 @@ class StoreConfig:
         return cls(**values, **overrides)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """How a `ModelWeightCache` keeps weights."""
+
+    max_size_gb: float = 4.0
+    """GiB of memory for entries that have a name."""
+
+    enable_compression: bool = False
+    """Keep entries losslessly encoded, where that saves at least 5 %."""
+
+    compression: str = "auto"
+    """"fast", "balanced" (denser, slower), or "auto": "fast". Another one than "auto" turns
+    `enable_compression` on."""
+
+    compression_ratio: float = 0.5
+    """Share of the size that planning assumes is left of an encoded entry before any is."""
+
+    eviction_batch_size: int = 10
+    """Entries that make way in one step, until other threads get their turn. Never more go than
+    are in the way."""
+
+    access_count_threshold: int = 1
+    """Weights are cached the so-manieth time that they are put."""
+
+    policy: str = "lru"
+    """Who makes way: "lru" (exact), "clock", "s3fifo", "sieve" or "adaptive"."""
+
+    def __post_init__(self) -> None:
+        _positive_gib("max_size_gb", self.max_size_gb)
+        _one_of("compression", self.compression, ("auto", "fast", "balanced"))
+        _one_of("policy", self.policy, ("lru", "clock", "s3fifo", "sieve", "adaptive"))
+        if not 0.0 < self.compression_ratio <= 1.0:
+            raise ValueError(
+                f"compression_ratio={self.compression_ratio!r} must lie above 0.0 and not above 1.0"
+            )
+        for name in ("eviction_batch_size", "access_count_threshold"):
+            if not 1 <= parse_size(getattr(self, name), name) <= 2**31:
+                raise ValueError(f"{name}={getattr(self, name)!r} must lie between 1 and {2**31}")
+        if self.compression != "auto":
+            object.__setattr__(self, "enable_compression", True)
+
+    @property
+    def max_size(self) -> int:
+        """Bytes of `max_size_gb`."""
+        return int(self.max_size_gb * 2**30)
+
+
+def _positive_gib(name: str, value: float) -> None:
+    """Check GiB that stand for at least one page of memory."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of GiB, not {value!r}")
+    if not 4096 <= value * 2**30 <= _MAX:
+        raise ValueError(f"{name}={value!r} GiB must lie between 4096 bytes and {_MAX} bytes")
+
+
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")

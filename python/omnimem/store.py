@@ -77,6 +77,14 @@ class GroupStats:
     """The most that was ever held."""
     disk_bytes: int
     """Bytes of the swap file that their copies hold."""
+    limit_bytes: int
+    """The most that `host_bytes` may be; 0: only the store's limit binds."""
+    packed_bytes: int
+    """Of `host_bytes`, those of encoded forms."""
+    gone_bytes: int
+    """Memory of blocks that lost their names while somebody holds them; not in `host_bytes`."""
+    evictions: int
+    """Of a cache: entries that made way."""
     issued: int
     """Blocks fetched because they were foretold."""
     used: int

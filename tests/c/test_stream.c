@@ -225,8 +225,7 @@ static void cycles_read_each_byte_once(void)
 /* A unit that is wholly resident is in no forecast: its use is not missed by one. */
 static void resident_unit_is_not_foretold(void)
 {
-	static const uint8_t streamed[BLOCKS] = { 0, 0, 1 },
-			  whole[BLOCKS] = { true, true, true };
+	static const uint8_t streamed[BLOCKS] = { 0, 0, 1 }, whole[BLOCKS] = { true, true, true };
 	struct om_stream_unit list[6];
 	const char *names[6][BLOCKS];
 	struct om_stream_stats s;
@@ -386,7 +385,8 @@ static void deadline_slices(void)
 static void misuse(void)
 {
 	struct om_stream *none;
-	struct om_stream_unit unit = { "unit", (const char *[]){ "u0.b0" }, (const uint8_t[]){ 0 }, 1 };
+	struct om_stream_unit unit = { "unit", (const char *[]){ "u0.b0" }, (const uint8_t[]){ 0 },
+		                       1 };
 	struct model m;
 	bool bind, unbind;
 
