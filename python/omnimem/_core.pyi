@@ -446,8 +446,8 @@ def encode(data: _Data, dtype: str | None = None, coding: str = "auto") -> bytes
     dtype
         What its elements are; by default what `data` says. A hint: any bytes can be encoded.
     coding
-        "fast", a third off bfloat16 at the rate of memory; "balanced", two percent more off at a
-        third of that rate; or "auto", which is "fast".
+        "fast", three tenths off bfloat16; "balanced", a third off, decoded at less than half the
+        rate; or "auto", which is "fast".
 
     Raises
     ------
