@@ -447,7 +447,10 @@ static void test_refused(void)
 	CHECK_EQ(om_encode(data, nbytes, NULL, -1, coded, room, &bytes), OM_EVALUE);
 	CHECK_EQ(bytes, 0);
 	CHECK_EQ(om_encode(data, nbytes, NULL, 3, coded, room, &bytes), OM_EVALUE);
-	CHECK_EQ(om_encode(data, nbytes, NULL, OM_CODING_FAST, coded, room - 1, &bytes), OM_EVALUE);
+	for (uint64_t less = 0; less < room; less += 31 * 64 + 1) { /* it fits, or it is not made */
+		CHECK_EQ(om_encode(data, nbytes, NULL, OM_CODING_FAST, coded, less, &bytes), 0);
+		CHECK(bytes <= less);
+	}
 	CHECK_EQ(om_encode(data, UINT64_MAX / 2, NULL, OM_CODING_FAST, coded, room, &bytes),
 	         OM_EVALUE);
 	CHECK_EQ(om_encode(data, 0, NULL, OM_CODING_FAST, coded, room, &bytes), 0);
