@@ -271,6 +271,7 @@ static const struct {
 	{ "Pressure", &py_pressure_spec, &py_pressure_type },
 	{ "Block", &py_block_spec, &py_block_type },
 	{ "Ranking", &py_ranking_spec, &py_ranking_type },
+	{ "Pools", &py_pools_spec, &py_pools_type },
 };
 #define TYPES (sizeof(types) / sizeof(types[0]))
 

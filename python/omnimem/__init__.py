@@ -18,6 +18,7 @@ from omnimem.errors import (
     LimitError,
 )
 from omnimem.nvme import NVMeOptimizer
+from omnimem.pools import BlockSnapshot, MemoryConfig, MemoryPoolManager, PoolStats
 from omnimem.pressure import MemoryPressureLevel, MemoryPressureMonitor
 from omnimem.simulation import SimulationResult, simulate
 from omnimem.store import BlockInfo, Event, GroupStats, Store, StoreStats, TierStats
@@ -48,6 +49,7 @@ __all__ = [
     "AdvancedMemorySwapper",
     "BaseSwapAlgorithm",
     "BlockInfo",
+    "BlockSnapshot",
     "BusyError",
     "Cache",
     "ClockSwapAlgorithm",
@@ -65,10 +67,13 @@ __all__ = [
     "Lease",
     "LimitError",
     "MemoryBlock",
+    "MemoryConfig",
+    "MemoryPoolManager",
     "MemoryPressureLevel",
     "MemoryPressureMonitor",
     "MemoryRegionType",
     "NVMeOptimizer",
+    "PoolStats",
     "SimulationResult",
     "Store",
     "StoreConfig",
