@@ -31,18 +31,18 @@ struct om_region {
 	uint64_t refs;          /* atomic: 1 of the bank; closed: 1 a chunk with views */
 };
 
-struct om_chunk {
+struct om_chunk {            /* two cache lines long */
 	struct om_list link; /* of the bank's `live` or `freed` */
 	struct om_bank *bank;
 	char *data;
 	uint64_t bytes, serial, used; /* used: the bank's `uses` at the last one */
-	uint64_t created_ns, used_ns, uses;
-	uint64_t tried; /* the bank's `searches` when a search for victims came by in vain */
+	uint64_t created_ns, used_ns;
+	uint32_t uses;
+	uint32_t tried; /* the bank's `searches` when a search for victims came by in vain */
 	uint32_t index, handle; /* own number; of the region's arena */
+	uint32_t holds, views;  /* atomic: 1 while live, and the views; the views */
 	uint16_t region;
 	bool live;             /* not freed */
-	uint32_t holds;        /* atomic: 1 while live, and the views */
-	uint32_t views;        /* atomic */
 	struct om_chunk *next; /* in `dropped` or `unused` */
 	char *label;
 	void *face;
@@ -74,7 +74,8 @@ struct om_bank {
 	struct om_chunk **slabs;
 	uint32_t slab_count, slab_room;
 	struct om_chunk *unused;
-	uint64_t uses, searches;
+	uint64_t uses;
+	uint32_t searches;
 	uint64_t used_bytes, held_bytes, freed_bytes, peak_used, peak_held;
 	uint64_t chunks, allocs, frees, fails;
 };
