@@ -4,6 +4,7 @@
  */
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -135,14 +136,16 @@ static void test_values(void)
 		CHECK_EQ(om_chunk_view_ref(c), OM_EVALUE);
 		give(b, pad);
 	}
-	c = take(b, 8 * MIB); /* all of it, in one piece */
+	close_bank(b, 0);
+	b = open_bank(8 * MIB);
+	c = take_aligned(b, 8 * MIB, 2 * MIB); /* all of it, in one piece */
 	CHECK_EQ(stats(b).free_bytes, 0);
 	refuse(b, 1, 1, OM_ELIMIT);
 	CHECK_EQ(om_err_last()->used, 8 * MIB);
 	om_err(0, " ");
 	CHECK_EQ(om_bank_try(b, 1, 1, NULL, &c), OM_EAGAIN);
 	CHECK_EQ(om_err_last()->code, 0);
-	CHECK_EQ(stats(b).fails, 4);
+	CHECK_EQ(stats(b).fails, 2);
 	close_bank(b, 1);
 	close_bank(other, 0);
 }
@@ -523,6 +526,46 @@ static void test_victims(void)
 	close_bank(b, 7);
 }
 
+static void test_victims_aligned(void)
+{
+	struct om_bank *b = open_bank(8 * MIB);
+	struct om_chunk *c[8], **list;
+	size_t count;
+
+	for (int i = 0; i < 8; i++)
+		c[i] = take(b, MIB);
+	CHECK_EQ(om_chunk_view_ref(c[0]), 0); /* an odd one is the oldest */
+	om_chunk_view_unref(c[0]);
+	CHECK_EQ(om_bank_victims(b, 2 * MIB, 2 * MIB, &list, &count), 0);
+	for (size_t i = 0; i < count; i++)
+		give(b, list[i]);
+	om_free(list);
+	take_aligned(b, 2 * MIB, 2 * MIB);
+	close_bank(b, 9 - count);
+}
+
+/* The hole may reach into what is not committed yet. */
+static void test_victims_at_the_end(void)
+{
+	struct om_bank *b = open_bank(64 * MIB);
+	struct om_chunk *c[8], **list;
+
+	for (int i = 0; i < 8; i++)
+		c[i] = take(b, 4 * MIB);
+	for (int i = 7; i >= 0; i--) { /* the last one is the oldest */
+		CHECK_EQ(om_chunk_view_ref(c[i]), 0);
+		om_chunk_view_unref(c[i]);
+	}
+	CHECK_EQ(victims(b, 32 * MIB, &list), 0);
+	CHECK_EQ(victims(b, 40 * MIB, &list), 2);
+	CHECK(list[0] == c[7] && list[1] == c[6]);
+	om_free(list);
+	give(b, c[7]);
+	give(b, c[6]);
+	give(b, take(b, 40 * MIB));
+	close_bank(b, 6);
+}
+
 /* ---- a model ---- */
 
 #define LIVE 64
@@ -573,10 +616,11 @@ static void model_alloc(struct om_bank *b, struct entry *e, unsigned long long *
 static void model_make_room(struct om_bank *b, struct entry *all, unsigned long long *seed)
 {
 	uint64_t bytes = 1 + om_test_random(seed) % (4 * MIB);
+	uint64_t align = UINT64_C(1) << om_test_random(seed) % 22;
 	struct om_chunk **list, *c;
 	size_t count;
 
-	if (om_bank_victims(b, bytes, 1, &list, &count))
+	if (om_bank_victims(b, bytes, align, &list, &count))
 		return;
 	for (size_t i = 0; i < count; i++)
 		for (int k = 0; k < LIVE; k++)
@@ -587,7 +631,7 @@ static void model_make_room(struct om_bank *b, struct entry *all, unsigned long 
 				all[k] = (struct entry){ 0 };
 			}
 	om_free(list);
-	CHECK_EQ(om_bank_alloc(b, bytes, 1, NULL, &c), 0);
+	CHECK_EQ(om_bank_alloc(b, bytes, align, NULL, &c), 0);
 	give(b, c);
 }
 
@@ -804,6 +848,53 @@ static void test_threads(void)
 	close_bank(b, 0);
 }
 
+static void *trim_on(void *arg)
+{
+	uint64_t bytes;
+	int code;
+
+	do
+		code = om_bank_trim(arg, &bytes);
+	while (!code);
+	CHECK_EQ(code, OM_ECLOSED);
+	om_bank_unref(arg);
+	return NULL;
+}
+
+/* Pages that are on their way out are not given to anybody; closing waits for whoever gives them back. */
+static void test_trim_beside(void)
+{
+	for (int round = 0; round < 20; round++) {
+		struct om_bank *b = open_bank(64 * MIB);
+		uint64_t chunks, bytes;
+		pthread_t t[2];
+
+		for (int i = 0; i < 2; i++) {
+			om_bank_ref(b);
+			CHECK(!pthread_create(&t[i], NULL, trim_on, b));
+		}
+		for (int i = 0; i < 20; i++) {
+			struct om_chunk *c;
+			volatile char *p;
+
+			CHECK_EQ(om_bank_alloc(b, 64 * MIB, 1, NULL, &c), 0);
+			p = om_chunk_data(c);
+			for (uint64_t at = 64 * MIB; at;
+			     at -= 2 * MIB) /* the last page leaves last */
+				p[at - 1] = (char)(i + 1);
+			sched_yield();
+			for (uint64_t at = 64 * MIB; at; at -= 2 * MIB)
+				CHECK_EQ(p[at - 1], i + 1);
+			CHECK_EQ(om_bank_free(b, c), 0);
+		}
+		sched_yield();
+		CHECK_EQ(om_bank_close(b, &chunks, &bytes), 0);
+		om_bank_unref(b);
+		for (int i = 0; i < 2; i++)
+			CHECK(!pthread_join(t[i], NULL));
+	}
+}
+
 /* Views that go while the bank closes. */
 static void *drop_views(void *arg)
 {
@@ -891,11 +982,14 @@ int main(void)
 	test_at_once();
 	in_child(run_locked);
 	test_victims();
+	test_victims_aligned();
+	test_victims_at_the_end();
 	for (unsigned long long seed = 1; seed <= 6; seed++)
 		test_model(seed, false);
 	test_model(7, true);
 	test_faults();
 	test_threads();
+	test_trim_beside();
 	test_close_race();
 	test_fork();
 	return 0;
