@@ -296,6 +296,7 @@ static const struct {
 	{ "Block", &py_block_spec, &py_block_type },
 	{ "Ranking", &py_ranking_spec, &py_ranking_type },
 	{ "Cache", &py_cache_spec, &py_cache_type },
+	{ "Pools", &py_pools_spec, &py_pools_type },
 };
 #define TYPES (sizeof(types) / sizeof(types[0]))
 

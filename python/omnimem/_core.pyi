@@ -192,6 +192,68 @@ class Block:
     def __dlpack_device__(self) -> tuple[int, int]: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+class Pools:
+    """One pool of memory a device: the base of `omnimem.MemoryPoolManager`."""
+
+    @property
+    def closed(self) -> bool: ...
+    def allocate(
+        self,
+        size: SupportsIndex | str,
+        device: str,
+        alignment: int = 256,
+        label: str | None = None,
+    ) -> MemoryBlock:
+        """Take a block of memory. Its content is what the last user left, or zeros.
+
+        Parameters
+        ----------
+        size : int or str
+            Bytes, or text such as "64MiB".
+        device : str
+            A key of `pool_sizes`.
+        alignment : int
+            The address is a multiple of it: a power of two up to 2 MiB.
+        label : str, optional
+            For reports: of blocks that nobody deallocated, and `snapshot`.
+
+        Raises
+        ------
+        LimitError
+            It does not fit: `need`, `used`, `limit`, and `which` pool; the text tells whether
+            free memory is only in pieces. For "pinned" also when RLIMIT_MEMLOCK is in the way.
+        DeviceError
+            There is no such device, and why.
+        ValueError
+            A size of 0, a wrong alignment, a device without a pool.
+        ClosedError
+            The manager is closed, or belongs to the process that forked this one.
+        """
+
+    def deallocate(self, block: MemoryBlock, /) -> None:
+        """Give a block back. What views see stays as it is until the last one goes.
+
+        Raises
+        ------
+        ValueError
+            It was deallocated before, or is no block of this manager.
+        """
+
+    def _open(
+        self, device: str, limit: int, decay: float, fragmentation: float, locked: bool, /
+    ) -> None: ...
+    def _stats(self, device: str, /) -> tuple[Any, ...]: ...
+    def _trim(self, device: str, /) -> int: ...
+    def _set_limit(self, device: str, limit: int, /) -> None: ...
+    def _blocks(self, device: str, /) -> list[MemoryBlock]: ...
+    def _block(self, device: str, number: int, /) -> MemoryBlock | None: ...
+    def _victims(
+        self, size: SupportsIndex | str, device: str, alignment: int, /
+    ) -> list[MemoryBlock]: ...
+    def _snapshot(self, device: str, /) -> list[tuple[Any, ...]]: ...
+    def _check(self, device: str, /) -> None: ...
+    def _close(self) -> None: ...
+
 @final
 class Lease:
     """The right to a block's bytes: a context manager, a buffer (1-D uint8), a DLPack producer.
