@@ -390,7 +390,8 @@ def encode(data: _Data, dtype: str | None = None, coding: str = "auto") -> bytes
         What its elements are; by default what `data` says. A hint: any bytes can be encoded.
     coding
         "fast", a third off bfloat16 at the rate of memory; "balanced", two percent more off at a
-        third of that rate; or "auto", which is "fast".
+        third of that rate; or "auto", which is "fast". "none" keeps the bytes as they are, with
+        the same checksum: never None.
 
     Raises
     ------
@@ -429,6 +430,7 @@ def decode_into(coded: Buffer, out: Buffer, check: bool = True) -> None:
 def coded_info(coded: Buffer, /) -> tuple[int, str]:
     """(plain bytes, coding) of what `encode` made; CorruptError for other bytes."""
 
+def _coded_compare(coded: Buffer, data: _Data, /) -> None: ...
 def _codec_use(path: str, /) -> bool: ...
 def simulate(
     ids: Buffer, capacity: int, policy: str, sizes: Buffer | None = None

@@ -269,9 +269,7 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < SIZE_LIMIT
 
 
-def _check_tensor(
-    name: str, entry: object, path: Path, start: int, size: int | None
-) -> TensorInfo:
+def _check_tensor(name: str, entry: object, path: Path, start: int, size: int | None) -> TensorInfo:
     where = f"{path}: tensor {name!r}"
     if not name.isascii():
         try:

@@ -5,8 +5,8 @@ Tensors are grouped into units, one for each module that is loaded as a whole: a
 vision block, a merger, an embedding, a head. ``read`` brings one tensor into memory through a store
 of the checkpoint's own, in place, without mapping the file.
 
-Packed files (see ``omnimem.packed``) are taken like others: types, shapes and sizes are those of the
-original, and ``read`` decodes.
+Packed files (see ``omnimem.packed``) are taken like others: types, shapes and sizes are those of
+the original, and ``read`` decodes.
 """
 
 from __future__ import annotations
