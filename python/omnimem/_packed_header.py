@@ -43,8 +43,8 @@ _CODING_KEY = "omnimem.coding"
 _HEADER_KEY = "omnimem.header"
 _HASH_KEY = "omnimem.sha256"
 _HASH = re.compile(r"[0-9a-f]{64}")
-_ALIGN = 64
-"""The data begin at a multiple of this, and forms are as long, so that all lie on one."""
+_ALIGN = 4096
+"""The data begin at a multiple of this. (Forms are multiples of 64 long, so each lies on one.)"""
 _MOST_PER_BYTE = 4096
 """Plain bytes that one byte of a form can stand for; a bound that the codec never reaches."""
 

@@ -187,6 +187,7 @@ def _pack_file(path: Path, file: OutputFile, work: _Work, coding: str) -> tuple[
         work.advance(header.tensors[name].nbytes)
     file.seek(0)
     file.write(build_header(header, coding, digest.hexdigest(), forms, room))
+    file.sync()
     packing = read_shard(file.place).packing
     if packing is None or packing.original.raw != header.raw:
         raise FormatError(f"{path}: its packed form does not describe it; please report this")

@@ -68,14 +68,16 @@ def unpack_command(packed: Path, out: Path, threads: int | None) -> None:
 
 
 def _with_bar(text: str, work: Callable[[Callable[[int, int], None]], Summary]) -> Summary:
-    """Run with a progress bar on stderr."""
+    """Run with a progress bar on stderr, where that is a terminal."""
+    console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task(text, total=None)
         return work(lambda done, total: bar.update(task, completed=done, total=total))
