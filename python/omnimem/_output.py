@@ -46,7 +46,7 @@ def files_below(root: Path) -> list[Path]:
     for place, folders, files in os.walk(root, onerror=fail, followlinks=True):
         for name in folders:
             path = os.path.join(place, name)
-            if os.path.islink(path) and _holds(path, place):
+            if os.path.islink(path) and _leads_back(path, place, root):
                 raise ValueError(f"{path}: a link to a folder that holds it; take it away")
         for name in files:
             path = os.path.join(place, name)
@@ -54,6 +54,13 @@ def files_below(root: Path) -> list[Path]:
                 raise ValueError(f"{path}: is no regular file and cannot be copied; take it away")
             found.append(Path(os.path.relpath(path, root)))
     return sorted(found, key=lambda path: (path.as_posix() in _LAST, path))
+
+
+def _leads_back(link: str, place: str, root: Path) -> bool:
+    """Tell whether a link leads to one of the folders that were gone through on the way to it."""
+    inside = Path(os.path.relpath(place, root))
+    passed = [root / part for part in (inside, *inside.parents)]
+    return os.path.realpath(link) in map(os.path.realpath, passed)
 
 
 def refuse_inside(out: str | os.PathLike[str], root: Path) -> None:
@@ -120,9 +127,8 @@ class OutputFile:
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Give descriptor and buffer back."""
+        """Give the descriptor back; the buffer goes with the object."""
         os.close(self._descriptor)
-        self._buffer.close()
 
     def _flush(self) -> None:
         at, end, self._held = 0, self._held, 0
