@@ -187,6 +187,7 @@ PyObject *py_decode(PyObject *, PyObject *);
 PyObject *py_decode_into(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_coded_info(PyObject *, PyObject *);
 PyObject *py_encode_bound(PyObject *, PyObject *);
+PyObject *py_coded_compare(PyObject *, PyObject *);
 PyObject *py_codec_use(PyObject *, PyObject *);
 
 /* simulate (py_simulate.c), memory (py_pressure.c). */

@@ -420,9 +420,9 @@ int om_decode(const void *coded, uint64_t coded_bytes, void *ret, uint64_t nbyte
 
 		if (!code && c.nbytes > left)
 			code = om_err(OM_ECORRUPT,
-			              "encoded bytes: of more plain ones than the %" PRIu64
-			              " that are wanted",
-			              nbytes);
+			              "encoded bytes: of %" PRIu64 " plain ones or more, %" PRIu64
+			              " are wanted",
+			              nbytes - left + c.nbytes, nbytes);
 		code = code ? code : om_coded_part(&c, 0, c.parts, plain);
 		code = code ? code : om_coded_check(&c, plain);
 		if (code)

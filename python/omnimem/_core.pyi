@@ -509,7 +509,8 @@ def encode(data: _Data, dtype: str | None = None, coding: str = "auto") -> bytes
         What its elements are; by default what `data` says. A hint: any bytes can be encoded.
     coding
         "fast", three tenths off bfloat16; "balanced", a third off, decoded at less than half the
-        rate; or "auto", which is "fast".
+        rate; or "auto", which is "fast". "none" keeps the bytes as they are, with the same
+        checksum: never None.
 
     Raises
     ------
@@ -548,6 +549,7 @@ def decode_into(coded: Buffer, out: Buffer, check: bool = True) -> None:
 def coded_info(coded: Buffer, /) -> tuple[int, str]:
     """(plain bytes, coding) of what `encode` made; CorruptError for other bytes."""
 
+def _coded_compare(coded: Buffer, data: _Data, /) -> None: ...
 def _codec_use(path: str, /) -> bool: ...
 def simulate(
     ids: Buffer, capacity: int, policy: str, sizes: Buffer | None = None
