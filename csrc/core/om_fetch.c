@@ -73,7 +73,7 @@ int om_fetch_reserve_locked(struct om_store *s, const struct om_group *g, uint64
 	if (g->limit_bytes)
 		room = OM_MIN(room, g->limit_bytes - OM_MIN(g->limit_bytes, g->used_bytes));
 	room = OM_MAX(room, bytes);
-	if (g->streams) /* segments of its own, whole ones again and again: the slots of a ring */
+	if (g->streams && !g->mixed) /* segments of its own, whole ones again and again: slots */
 		most = room;
 	else if (bytes > OM_POOL_SMALL)
 		most = g->cache ? bytes : OM_MIN(room, bytes + bytes / 4);

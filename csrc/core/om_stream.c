@@ -38,7 +38,7 @@ struct om_stream {
 	bool opened;               /* the group counts this stream */
 	struct om_pattern pattern; /* of units that have streamed blocks */
 	struct om_stream_stats stats;
-	uint64_t read_bytes_before, decoded_bytes_before, decode_ns_before;
+	uint64_t read_bytes_before, decoded_bytes_before, timed_bytes_before, timed_ns_before;
 	uint64_t ring_bytes; /* that what is kept leaves */
 	uint32_t *ahead;     /* scratch: units foretold, in order */
 };
@@ -85,6 +85,7 @@ static int unit_init_locked(struct om_stream *st, struct unit *u, const struct o
 				in->name, b->name, b->group->name, st->group->name);
 		if (om_block_wake(b, NULL))
 			return -ENOMEM;
+		st->group->mixed |= om_block_coded(b) || in->keep[i] >= OM_KEEP_FAST;
 		b->body->align = plain ? OM_BLOCK_ALIGN : OM_STREAM_ALIGN;
 		u->place[i] = at[plain]++;
 		u->blocks[u->place[i]] = b;
@@ -123,7 +124,8 @@ int om_stream_create(struct om_store *s, const char *group, const struct om_stre
 		st->opened = true;
 		st->read_bytes_before = st->group->read_bytes;
 		st->decoded_bytes_before = st->group->decoded_bytes;
-		st->decode_ns_before = st->group->decode_ns;
+		st->timed_bytes_before = st->group->timed_bytes;
+		st->timed_ns_before = st->group->timed_ns;
 	}
 	om_mutex_unlock(&s->lock);
 	om_store_ref(s);
@@ -360,8 +362,6 @@ int om_stream_load(struct om_stream *st, uint64_t deadline_ns)
 	if (largest)
 		code = load_plain_locked(st, largest, deadline_ns);
 	code = code ? code : load_all_encoded_locked(st, deadline_ns);
-	if (largest) /* slots would be taken whole, by what is smaller and stays */
-		om_pool_trim(&s->pool, UINT64_MAX);
 	code = code ? code : load_plain_locked(st, 0, deadline_ns);
 	om_mutex_unlock(&s->lock);
 	return code;
@@ -593,7 +593,8 @@ int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret)
 	*ret = st->stats;
 	ret->read_bytes = st->group->read_bytes - st->read_bytes_before;
 	ret->decoded_bytes = st->group->decoded_bytes - st->decoded_bytes_before;
-	ret->decode_ns = st->group->decode_ns - st->decode_ns_before;
+	ret->timed_bytes = st->group->timed_bytes - st->timed_bytes_before;
+	ret->timed_ns = st->group->timed_ns - st->timed_ns_before;
 	ret->packed_bytes = 0;
 	for (size_t i = 0; i < st->count; i++)
 		for (size_t k = 0; k < st->units[i].streamed_count; k++)

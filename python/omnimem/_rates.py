@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from omnimem import _core
 from omnimem._plan_choice import Rates
@@ -53,6 +54,7 @@ def measure(
     Rates
         Bytes per second; medians of a few tries.
     """
+    encoded_as = _coding_of(tensors)
     largest = max(tensor.nbytes for tensor in tensors)
     limit = 4 * max(_READ, largest)
     with Store(StoreConfig(host_limit=limit, disk_limit=0, io_backend=io_backend)) as store:
@@ -60,13 +62,21 @@ def measure(
         name, dtype = _sample(store, tensors, dtypes)
         speed = compute(store, name, dtype)
         decode, share = {}, {}
-        for coding in codings:
+        for coding in {*codings, *([encoded_as] if encoded_as else [])}:
             decode[coding], share[coding] = _decode_rate(store, name, coding)
-    encoded_as = None
-    if any(tensor.encoded_nbytes for tensor in tensors):
-        kept = sum(tensor.length for tensor in tensors) / sum(t.nbytes for t in tensors)
-        encoded_as = min(share, key=lambda coding: abs(share[coding] - kept)) if share else None
     return Rates(read, speed, decode, share, encoded_as)
+
+
+def _coding_of(tensors: Sequence[Tensor]) -> str | None:
+    """How the file's bytes are encoded; None: they are not."""
+    encoded = [tensor for tensor in tensors if tensor.encoded_nbytes]
+    if not encoded:
+        return None
+    ranked = sorted(encoded, key=lambda tensor: tensor.nbytes)
+    typical = ranked[len(ranked) // 2]
+    with Path(typical.file).open("rb") as file:
+        file.seek(typical.offset)
+        return _core.coded_info(file.read(typical.length))[1]
 
 
 def _read_rate(store: Store, tensors: Sequence[Tensor]) -> float:
