@@ -17,7 +17,7 @@ CORE_ONLY := --ignore-glob='*torch*' --ignore-glob='*transformers*' --ignore-glo
 	--ignore-glob='*cli*' --ignore-glob='*demo*' --ignore-glob='*synth*' \
 	--ignore=tests/test_c.py --ignore=tests/test_packaging.py --ignore=tests/test_readme.py
 
-.PHONY: help setup demo test soak asan tsan lint format bench wheel clean
+.PHONY: help setup demo test soak asan tsan fuzz lint format bench wheel clean
 
 help:
 	@echo "make demo    run a vision-language model with half of its weights in memory, and compare"
@@ -25,6 +25,7 @@ help:
 	@echo "make soak    the long loops whole"
 	@echo "make asan    C tests and core Python tests under the address and undefined sanitizers"
 	@echo "make tsan    C tests and the thread tests under the thread sanitizer"
+	@echo "make fuzz    decoders under libFuzzer, half a minute each (ARGS=SECONDS)"
 	@echo "make lint    ruff, mypy, clang-format, and every C file with gcc and clang -Werror"
 	@echo "make format  rewrite Python and C in the project's style"
 	@echo "make bench   the benchmarks (give one by ARGS=benchmarks/NAME.py)"
@@ -52,6 +53,9 @@ asan: setup
 tsan: setup
 	scripts/sanitize.sh thread tests/test_c.py $(ARGS)
 	scripts/sanitize.sh thread $(or $(wildcard tests/test_*thread*.py),tests/test_c.py) $(ARGS)
+
+fuzz: setup
+	scripts/fuzz.sh $(ARGS)
 
 lint:
 	@scripts/setup.sh test dev

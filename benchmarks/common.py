@@ -33,7 +33,7 @@ MARK = "OMNIMEM-BENCH-RESULT "
 GB = 1e9
 PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "runai-model-streamer",
-    "fastsafetensors", "numpy", "deepspeed", "omnimem",
+    "fastsafetensors", "numpy", "deepspeed", "zstandard", "lz4", "blosc2", "zipnn", "omnimem",
 )  # fmt: skip
 console = Console(stderr=True)
 

@@ -40,7 +40,8 @@ struct om_desc {
 	int64_t shape[OM_MAX_NDIM];
 };
 
-/* How bytes are encoded, losslessly: FAST is a fixed-rate code of exponents, BALANCED a dense one. */
+/* How bytes are encoded, losslessly: FAST is a fixed-rate code of exponents, BALANCED a dense one; NONE
+ * keeps them as they are, with the same header and checksum. */
 enum om_coding { OM_CODING_NONE, OM_CODING_FAST, OM_CODING_BALANCED };
 
 /* ---- store ---- */
@@ -170,6 +171,20 @@ int om_store_policy(struct om_store *s, const char *group, const char *policy);
  * without an origin would fit into HOST and DISK with room to exchange the largest. */
 int om_store_add(struct om_store *s, const char *name, const char *group, const void *data,
                  uint64_t nbytes, const struct om_desc *desc, uint64_t deadline_ns);
+/* An array whose elements need not lie together. `shape` has no negative dimension; strides are in
+ * bytes. */
+struct om_array {
+	const void *data; /* the first element */
+	int ndim;         /* at most OM_MAX_NDIM */
+	const int64_t *shape, *strides;
+	uint64_t itemsize;
+};
+/* The elements in C order, one behind the other; needs no store. */
+void om_array_copy(const struct om_array *a, void *ret);
+/* As om_store_add, of an array of `nbytes` in all: nothing is copied before there is room for it. */
+int om_store_add_array(struct om_store *s, const char *name, const char *group,
+                       const struct om_array *a, uint64_t nbytes, const struct om_desc *desc,
+                       uint64_t deadline_ns);
 /* Keep the caller's memory: it counts in the limit. `release(context)` runs once, from
  * om_store_collect, when the block's bytes are elsewhere or the block is gone and no lease is
  * left. On failure nothing is kept and `release` is not called. */
@@ -375,7 +390,8 @@ int om_store_disk(struct om_store *s, const char *directory, uint64_t limit_byte
 int om_store_victim(struct om_store *s, const char *group, struct om_lease **ret);
 /* `data` is what the leased bytes were encoded to: it replaces all other copies but the one in HOST, and is
  * on its way to DISK. `codec` is the caller's number of who encoded. OM_EBUSY: others lease the bytes, or
- * have shared them since `l` was made, and may have written to them. */
+ * have leased them since `l` was made, and may have written to them; or somebody did who leased them for
+ * reading, and what lies below is what counts. */
 int om_lease_pack(struct om_lease *l, const void *data, uint64_t nbytes, uint8_t codec);
 /* The encoded form of a block whose only bytes it is; OM_EAGAIN (no error set): it is not. */
 int om_block_lease_packed(struct om_store *s, struct om_block *b, uint64_t deadline_ns,
@@ -412,12 +428,12 @@ struct om_stream_unit {
 	size_t count;
 };
 struct om_stream_stats {
-	uint64_t enters, hits;  /* of units with streamed blocks: entered, bytes were there */
-	uint64_t packed_bytes;  /* of forms that are kept */
-	uint64_t decoded_bytes; /* plain bytes that were decoded */
-	uint64_t stall_ns;      /* waited in enter */
-	uint64_t read_bytes;    /* of this stream's fills, supersets included */
-	uint64_t mispredicted;  /* enters that the recorded order did not foretell */
+	uint64_t enters, hits; /* of units with streamed blocks: entered, bytes were there */
+	uint64_t packed_bytes; /* of forms that are kept */
+	uint64_t decoded_bytes, decode_ns; /* plain bytes that were decoded, once they were there */
+	uint64_t stall_ns;                 /* waited in enter */
+	uint64_t read_bytes;               /* of this stream's fills, supersets included */
+	uint64_t mispredicted;             /* enters that the recorded order did not foretell */
 };
 
 /* Units are numbered by their place in `units`. Their order is the first prediction; the recorded
@@ -427,6 +443,11 @@ int om_stream_create(struct om_store *s, const char *group, const struct om_stre
 /* Lease the resident blocks (reading them), encode what is kept encoded. Call again after OM_EBUSY to go
  * on. */
 int om_stream_load(struct om_stream *st, uint64_t deadline_ns);
+/* Before loading: what is encoded is kept only as long as so many bytes of the group's limit are left for
+ * what passes through the ring, beside all that is kept. */
+int om_stream_reserve(struct om_stream *st, uint64_t ring_bytes);
+/* Keep nothing of a unit encoded any more, and give the memory back: its bytes come from their origin. */
+int om_stream_forget(struct om_stream *st, size_t unit);
 /* A thread begins to use a unit: its streamed blocks are leased all or none, then the next
  * units of the order are fetched into what room the ring has. *ret_bind: the caller is the first,
  * must make the windows and then call om_stream_bound; others wait for that. */
@@ -505,25 +526,32 @@ int om_pressure_trend(struct om_pressure *p);
 /* Room that om_encode needs for `nbytes`. */
 uint64_t om_encode_bound(uint64_t nbytes);
 /* Encode `nbytes` of elements like `desc` into `ret` (`room` bytes, at least om_encode_bound). Where `desc` is
- * NULL, of no type that the codec knows or not worth it, a sample of each part decides what its bytes
+ * NULL, unknown, of no type that the codec has or not worth it, a sample of each part decides what its bytes
  * are taken for. *ret_bytes: how long the result is; 0: less than 5 % would be saved, which a sample
- * tells in most cases, and nothing in `ret` is of use. The result depends on the bytes, `desc` and `coding`
- * alone, not on the processor. OM_EVALUE: no such coding, too little room. */
+ * tells in most cases, and nothing in `ret` is of use; never with NONE. The result, a frame, depends on the
+ * bytes, `desc` and `coding` alone, not on the processor. Frames may follow each other without a gap.
+ * OM_EVALUE: no such coding, too little room. */
 int om_encode(const void *data, uint64_t nbytes, const struct om_desc *desc, enum om_coding coding,
               void *ret, uint64_t room, uint64_t *ret_bytes);
-/* What om_encode made: *ret_nbytes plain bytes, and how. OM_ECORRUPT: not made by it or by another version
- * of it, or damaged in what comes before the parts. */
+/* What om_encode made, a frame or several end to end: *ret_nbytes plain bytes in all, and how (the densest
+ * of their codings). OM_ECORRUPT: not made by it or by another version of it, or damaged in what comes before
+ * the parts, or followed by other bytes. */
 int om_coded_info(const void *coded, uint64_t coded_bytes, uint64_t *ret_nbytes,
                   enum om_coding *ret_coding);
-/* Decode all of it into `ret`, `nbytes` long, and compare the checksum of the plain bytes. OM_ECORRUPT for
- * whatever om_encode did not make, or not of `nbytes`; `ret` then has any bytes. Reads and writes
- * nothing out of bounds, whatever the input (which nobody may change meanwhile). */
+/* Decode all of it, a frame or several, into `ret`, `nbytes` long, and compare the checksums of the plain
+ * bytes. OM_ECORRUPT for whatever om_encode did not make, or not of `nbytes`; `ret` then has any bytes. Reads
+ * and writes nothing out of bounds, whatever the input (which nobody may change meanwhile). */
 int om_decode(const void *coded, uint64_t coded_bytes, void *ret, uint64_t nbytes);
 
-/* The same in three steps, so that several threads can decode one block. */
+/* For tests and benchmarks: by which instructions the process codes from now on. False: this processor
+ * cannot. */
+enum om_codec_path { OM_PATH_AUTO, OM_PATH_PLAIN, OM_PATH_AVX2, OM_PATH_AVX512 };
+bool om_codec_use(enum om_codec_path path);
+
+/* The same in three steps, for one frame, so that several threads can decode it. */
 struct om_coded {
 	const uint8_t *data; /* the caller's; it must outlive this */
-	uint64_t bytes;
+	uint64_t bytes;      /* of the frame */
 	uint64_t nbytes,
 		parts; /* plain bytes; parts of OM_CODED_PART of them, the last one shorter */
 	uint64_t hash; /* XXH3-64 of the plain bytes */
@@ -532,7 +560,8 @@ struct om_coded {
 	 * device reads next; om_coded_open chooses by size, and the caller may choose otherwise. */
 	bool stream;
 };
-/* Prove the header and the table of parts. Nothing to free. */
+/* Prove the header and the table of parts. Other bytes, the next frame's, may follow the frame's own
+ * (`bytes`) among `coded_bytes`. Nothing to free. */
 int om_coded_open(const void *coded, uint64_t coded_bytes, struct om_coded *ret);
 /* Decode `count` parts from `first` on into their places in `ret`, which has room for all of `nbytes`. Any
  * thread, any order; a few parts at a time, since each call of a BALANCED one allocates. The checksum is not
@@ -540,6 +569,8 @@ int om_coded_open(const void *coded, uint64_t coded_bytes, struct om_coded *ret)
 int om_coded_part(const struct om_coded *c, uint64_t first, uint64_t count, void *ret);
 /* Compare the checksum of all the plain bytes. */
 int om_coded_check(const struct om_coded *c, const void *ret);
+/* Decode it, a few parts at a time, and compare with `data`, `nbytes` long. OM_ECORRUPT: it differs. */
+int om_coded_compare(const struct om_coded *c, const void *data);
 
 /* Encode a block's bytes (bringing them to HOST), and keep the form in HOST: it is decoded when the bytes
  * are needed next, and what is in HOST plain may go for nothing. *ret_bytes: of the form; 0: it would hardly

@@ -18,7 +18,7 @@ compile() {
 	flags="$(pkg-config --cflags libxxhash libzstd liburing) $("$python" -c \
 		'import sysconfig; print("-isystem", sysconfig.get_paths()["include"].replace(" ", "\\ "))')"
 	# shellcheck disable=SC2086
-	find csrc tests/c -name '*.c' -print0 | xargs -0 -r -n 1 -P "$(nproc)" "$compiler" \
+	find csrc tests/c tests/fuzz -name '*.c' -print0 | xargs -0 -r -n 1 -P "$(nproc)" "$compiler" \
 		-std=c11 -D_GNU_SOURCE -DPy_LIMITED_API=0x030B0000 $2 -O2 -fvisibility=hidden \
 		-Wall -Wextra -Werror -Icsrc -Itests/c $flags -c -o /dev/null
 }

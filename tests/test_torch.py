@@ -62,9 +62,53 @@ def test_bits(preset: str, percent: int | str, io_backend: str) -> None:
     assert stats["io_reason"]
     pages = 2 * PAGE * sum(len(unit.runs) for unit in plan.units) if percent == 100 else 0
     assert stats["peak_bytes"] <= nbytes + pages
-    assert plan.resident_bytes + plan.ring_bytes <= nbytes + pages
+    assert plan.memory_bytes <= nbytes + pages
     assert stats["passes"] == 6
+    assert stats["packed_bytes"] == stats["bytes_decoded"] == 0  # too little to be worth it
     stream.close()
+
+
+@pytest.mark.parametrize(
+    ("preset", "percent", "compression"),
+    [
+        ("tiny", 75, "fast"),
+        ("tiny", 50, "balanced"),
+        ("tiny-qwen3", 75, "balanced"),
+        (SMALL_HEAD, 50, "fast"),
+        ("tiny", "floor", "fast"),
+    ],
+)
+def test_bits_of_what_is_kept_encoded(
+    preset: str, percent: int | str, compression: str, io_backend: str
+) -> None:
+    nbytes = budget(preset, percent)
+    model = load(folder(preset), nbytes, compression=compression, io_backend=io_backend)
+    stream = model.omnimem
+    assert_right(model, preset)
+    assert same_bits(expected_logits(preset), forward(model, preset))
+    assert_idle(model)
+    plan, stats = stream.plan(), stream.stats()
+    assert stats["peak_bytes"] <= nbytes
+    assert plan.memory_bytes <= nbytes
+    kept = percent != "floor"
+    assert plan.compression == (compression if kept else None)
+    assert (stats["packed_bytes"] > 0) == (stats["bytes_decoded"] > 0) == kept
+    assert compression in plan.reason
+    stream.close()
+
+
+def test_nothing_is_read_where_the_encoded_weights_fit(io_backend: str) -> None:
+    model = load(folder("tiny"), budget("tiny", 75), compression="fast", io_backend=io_backend)
+    stream = model.omnimem
+    generate(model, "tiny", 4)
+    assert stream.plan().stream_bytes == stream.stats()["bytes_last_pass"] == 0
+    assert stream.stats()["bytes_decoded"] >= 4 * stream.plan().decode_bytes
+    stream.close()
+
+
+def test_compression_is_checked() -> None:
+    with pytest.raises(ValueError, match="'auto', 'fast', 'balanced' or None, not 'zip'"):
+        load(folder("tiny"), budget("tiny", 75), compression="zip")
 
 
 def test_verify_first() -> None:

@@ -20,9 +20,13 @@ struct add_call {
 static int call_add(void *arg, uint64_t deadline_ns)
 {
 	const struct add_call *c = arg;
+	const struct py_data *d = c->data;
+	struct om_array array = py_data_array(d);
 
-	return om_store_add(c->s, c->name, c->group, c->data->data, c->data->nbytes, &c->data->desc,
-	                    deadline_ns);
+	if (d->strided)
+		return om_store_add_array(c->s, c->name, c->group, &array, d->nbytes, &d->desc,
+		                          deadline_ns);
+	return om_store_add(c->s, c->name, c->group, d->data, d->nbytes, &d->desc, deadline_ns);
 }
 
 static int call_take(void *arg, uint64_t deadline_ns)
@@ -61,7 +65,7 @@ PyObject *py_store_add(PyObject *self, PyObject *const *args, Py_ssize_t nargs, 
 	int code;
 
 	if (read_add("add", self, args, nargs, kwnames, &c, &o, &deadline_ns) ||
-	    py_data_init(&data, o, true))
+	    py_data_init(&data, o, PY_STRIDED_KEPT))
 		return NULL;
 	c.data = &data;
 	code = py_wait(call_add, &c, deadline_ns);
@@ -80,7 +84,7 @@ PyObject *py_store_take(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
 	int code;
 
 	if (read_add("take", self, args, nargs, kwnames, &c, &o, &deadline_ns) ||
-	    py_data_init(&data, o, false))
+	    py_data_init(&data, o, PY_STRIDED_REFUSED))
 		return NULL;
 	c.foreign = py_foreign_new(core, &data);
 	if (!c.foreign) {

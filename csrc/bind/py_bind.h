@@ -51,6 +51,8 @@ int py_wait(int (*call)(void *arg, uint64_t deadline_ns), void *arg, uint64_t de
 /* "bfloat16" -> code, bits, lanes; ValueError when unknown. */
 int py_dtype_parse(const char *name, struct om_dl_type *ret);
 PyObject *py_dtype_name(struct om_dl_type type);
+/* False for a type that no name stands for: no producer means it. */
+bool py_dtype_is_known(struct om_dl_type type);
 /* The type of a PEP 3118 format; false when there is none. */
 bool py_dtype_of_format(const char *format, Py_ssize_t itemsize, struct om_dl_type *ret);
 /* The PEP 3118 format of a type; NULL when there is none. */
@@ -93,6 +95,8 @@ struct py_core *py_core_ref(struct py_core *c);
 void py_core_unref(struct py_core *c);
 /* Lets producers' memory go that no store needs any more; keeps the exception that is set. */
 void py_collect_slow(void);
+/* The same for the last time: what is needed yet never goes. */
+void py_collect_last(void);
 extern struct py_core *py_keepers;
 static inline void py_collect(void)
 {
@@ -114,10 +118,20 @@ struct py_data {
 	uint64_t nbytes;
 	struct om_desc desc;
 	bool readonly;
+	/* PY_STRIDED_KEPT: the elements do not lie together. */
+	bool strided;
+	uint64_t itemsize;
+	int ndim;
+	int64_t shape[OM_MAX_NDIM], strides[OM_MAX_NDIM]; /* strides in bytes */
 };
-/* Takes the bytes of `o`, DLPack first. `may_copy`: strided ones are made contiguous, else they
- * are a ValueError. */
-int py_data_init(struct py_data *d, PyObject *o, bool may_copy);
+/* What becomes of strided data: a ValueError; contiguous; as it is (see py_data_array). */
+enum py_strided { PY_STRIDED_REFUSED, PY_STRIDED_COPIED, PY_STRIDED_KEPT };
+/* Takes the bytes of `o`, DLPack first. */
+int py_data_init(struct py_data *d, PyObject *o, enum py_strided strided);
+static inline struct om_array py_data_array(const struct py_data *d)
+{
+	return (struct om_array){ d->data, d->ndim, d->shape, d->strides, d->itemsize };
+}
 void py_data_fini(struct py_data *d);
 
 /* Store.add, Store.take, Store.add_file, Store.encode (py_add.c). */
@@ -149,6 +163,15 @@ PyObject *py_store_ranked(PyObject *, PyObject *);
 PyObject *py_store_events(PyObject *, PyObject *);
 PyObject *py_same_bytes(PyObject *, PyObject *);
 
+/* encode, decode (py_codec.c). */
+PyObject *py_encode(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *py_encode_into(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *py_decode(PyObject *, PyObject *);
+PyObject *py_decode_into(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *py_coded_info(PyObject *, PyObject *);
+PyObject *py_encode_bound(PyObject *, PyObject *);
+PyObject *py_codec_use(PyObject *, PyObject *);
+
 /* simulate (py_simulate.c), memory (py_pressure.c). */
 PyObject *py_simulate(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_memory(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
@@ -171,9 +194,6 @@ PyObject *py_export(const struct py_view *v, bool versioned, bool copy);
 PyObject *py_export_args(const struct py_view *v, PyObject *const *args, Py_ssize_t nargs,
                          PyObject *kwnames);
 PyObject *py_export_device(PyObject *self, PyObject *unused);
-/* Copies a strided array to contiguous memory; strides in bytes. Needs no GIL. */
-void py_copy_strided(char *dst, const char *src, int ndim, const int64_t *shape,
-                     const int64_t *strides, uint64_t itemsize);
 
 /* ---- objects ---- */
 

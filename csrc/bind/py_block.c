@@ -264,7 +264,7 @@ static PyObject *block_unpack(PyObject *self, PyObject *plain)
 	struct py_data data;
 	PyObject *done;
 
-	if (!c.o || py_data_init(&data, plain, true))
+	if (!c.o || py_data_init(&data, plain, PY_STRIDED_COPIED))
 		return NULL;
 	c.data = &data;
 	done = py_done(py_wait(call_unpack, &c, om_deadline(PY_DEFAULT_TIMEOUT_NS)));

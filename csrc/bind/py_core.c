@@ -232,6 +232,12 @@ static PyObject *dtype_code(PyObject *Py_UNUSED(module), PyObject *name)
 	return Py_BuildValue("(iii)", type.code, type.bits, type.lanes);
 }
 
+static PyObject *collect_last(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+	py_collect_last();
+	return Py_NewRef(Py_None);
+}
+
 static PyMethodDef functions[] = {
 	{ "_fault_arm", fault_arm, METH_VARARGS,
 	  "_fault_arm(point, nth=1, sticky=False, /)\n--\n\nMake the nth pass of a fault point fail." },
@@ -241,6 +247,8 @@ static PyMethodDef functions[] = {
 	  "_fault_fired(point, /)\n--\n\nHow often the armed point fired." },
 	{ "_fault_points", fault_points, METH_NOARGS,
 	  "_fault_points()\n--\n\nNames of all fault points." },
+	{ "_collect_last", collect_last, METH_NOARGS,
+	  "_collect_last()\n--\n\nLet producers' memory go that nobody needs any more; no other ever." },
 	{ "_dtype_code", dtype_code, METH_O,
 	  "_dtype_code(dtype, /)\n--\n\nDLPack (code, bits, lanes) of an element type's name." },
 	{ "_same_bytes", py_same_bytes, METH_VARARGS,
@@ -250,6 +258,22 @@ static PyMethodDef functions[] = {
 	{ "memory", PY_FAST(py_memory), PY_FAST_FLAGS,
 	  "memory($module, /, root=None)\n--\n\n(total, available, source) of the tightest of system and "
 	  "cgroups, in bytes." },
+	{ "encode", PY_FAST(py_encode), PY_FAST_FLAGS,
+	  "encode($module, /, data, dtype=None, coding='auto')\n--\n\nThe bytes of a buffer or tensor, "
+	  "encoded; None where that saves less than 5 %." },
+	{ "encode_into", PY_FAST(py_encode_into), PY_FAST_FLAGS,
+	  "encode_into($module, /, data, out, dtype=None, coding='auto')\n--\n\nAs encode, into a buffer; "
+	  "how many bytes, 0 for None." },
+	{ "encode_bound", py_encode_bound, METH_O,
+	  "encode_bound(nbytes, /)\n--\n\nThe room that encode_into needs." },
+	{ "decode", py_decode, METH_O, "decode(coded, /)\n--\n\nThe bytes that encode was given." },
+	{ "decode_into", PY_FAST(py_decode_into), PY_FAST_FLAGS,
+	  "decode_into($module, /, coded, out, check=True)\n--\n\nAs decode, into a buffer of just that "
+	  "size." },
+	{ "coded_info", py_coded_info, METH_O,
+	  "coded_info(coded, /)\n--\n\n(plain bytes, coding) of what encode made." },
+	{ "_codec_use", py_codec_use, METH_O,
+	  "_codec_use(path, /)\n--\n\nCode by 'plain', 'avx2', 'avx512' or 'auto'; whether it can." },
 	{ "simulate", PY_FAST(py_simulate), PY_FAST_FLAGS,
 	  "simulate($module, /, ids, capacity, policy, sizes=None)\n--\n\nRequests, misses, their bytes, "
 	  "and how often each expert of \"adaptive\" led." },

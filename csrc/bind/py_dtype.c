@@ -42,12 +42,11 @@ static const struct {
 	{ "float6_e2m3fn", { OM_DL_FLOAT6_E2M3FN, 6, 1 }, NULL },
 	{ "float6_e3m2fn", { OM_DL_FLOAT6_E3M2FN, 6, 1 }, NULL },
 	{ "float4_e2m1fn", { OM_DL_FLOAT4_E2M1FN, 4, 1 }, NULL },
-	{ "float4_e2m1fn_x2", { OM_DL_FLOAT4_E2M1FN, 4, 2 }, NULL },
 };
 #define KNOWN (sizeof(known) / sizeof(known[0]))
 
 /* Types that the table has no row for are spelled base, bits (a power of two) and, above one lane,
- * "x" and lanes. */
+ * "x" and lanes; those of a row without a base, its name, "_x" and lanes, as torch does. */
 static const char *const bases[OM_DL_CODES] = {
 	[OM_DL_INT] = "int",       [OM_DL_UINT] = "uint",       [OM_DL_FLOAT] = "float",
 	[OM_DL_BFLOAT] = "bfloat", [OM_DL_COMPLEX] = "complex", [OM_DL_BOOL] = "bool",
@@ -86,6 +85,37 @@ static bool parse_spelled(const char *name, struct om_dl_type *ret)
 	return false;
 }
 
+/* "float4_e2m1fn_x2": a name of the table that has no base, lanes. */
+static bool parse_lanes(const char *name, struct om_dl_type *ret)
+{
+	const char *x = strstr(name, "_x");
+	unsigned lanes;
+	int end;
+
+	if (!x || x[2] < '1' || x[2] > '9' || sscanf(x + 2, "%5u%n", &lanes, &end) != 1 ||
+	    x[2 + end] || lanes < 2 || lanes > UINT16_MAX)
+		return false;
+	for (size_t i = 0; i < KNOWN; i++)
+		if (!bases[known[i].type.code] && strlen(known[i].name) == (size_t)(x - name) &&
+		    !strncmp(known[i].name, name, (size_t)(x - name))) {
+			*ret = known[i].type;
+			ret->lanes = (uint16_t)lanes;
+			return true;
+		}
+	return false;
+}
+
+bool py_dtype_is_known(struct om_dl_type type)
+{
+	struct om_dl_type one = { type.code, type.bits, 1 };
+
+	if (!type.lanes || !type.bits || type.code >= OM_DL_CODES)
+		return false;
+	if (bases[type.code])
+		return type.bits <= 128 && !(type.bits & (type.bits - 1));
+	return find_type(one) >= 0;
+}
+
 int py_dtype_parse(const char *name, struct om_dl_type *ret)
 {
 	for (size_t i = 0; i < KNOWN; i++)
@@ -93,7 +123,7 @@ int py_dtype_parse(const char *name, struct om_dl_type *ret)
 			*ret = known[i].type;
 			return 0;
 		}
-	if (parse_spelled(name, ret))
+	if (parse_spelled(name, ret) || parse_lanes(name, ret))
 		return 0;
 	PyErr_Format(PyExc_ValueError,
 	             "dtype '%s' is unknown: write it as NumPy and torch do, such as 'bfloat16', "
@@ -112,6 +142,9 @@ PyObject *py_dtype_name(struct om_dl_type type)
 		return PyUnicode_FromFormat("%s%d", bases[type.code], type.bits);
 	if (type.code < OM_DL_CODES && bases[type.code])
 		return PyUnicode_FromFormat("%s%dx%d", bases[type.code], type.bits, type.lanes);
+	i = find_type((struct om_dl_type){ type.code, type.bits, 1 });
+	if (i >= 0)
+		return PyUnicode_FromFormat("%s_x%d", known[i].name, type.lanes);
 	return PyUnicode_FromFormat("dlpack(%d,%d,%d)", type.code, type.bits, type.lanes);
 }
 

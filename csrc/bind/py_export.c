@@ -50,43 +50,14 @@ static void free_capsule(PyObject *capsule)
 		delete_versioned(PyCapsule_GetPointer(capsule, OM_DL_VERSIONED));
 	else if (PyCapsule_IsValid(capsule, OM_DL_NAME))
 		delete_legacy(PyCapsule_GetPointer(capsule, OM_DL_NAME));
-}
-
-/* Copies while the innermost dimension is walked by memcpy of one element. */
-static char *copy_dims(char *dst, const char *src, int ndim, const int64_t *shape,
-                       const int64_t *strides, uint64_t run)
-{
-	if (ndim == 0) {
-		memcpy(dst, src, run);
-		return dst + run;
-	}
-	for (int64_t i = 0; i < shape[0]; i++, src += strides[0]) {
-		if (ndim == 1) {
-			memcpy(dst, src, run);
-			dst += run;
-		} else {
-			dst = copy_dims(dst, src, ndim - 1, shape + 1, strides + 1, run);
-		}
-	}
-	return dst;
-}
-
-void py_copy_strided(char *dst, const char *src, int ndim, const int64_t *shape,
-                     const int64_t *strides, uint64_t itemsize)
-{
-	uint64_t run = itemsize;
-
-	/* What is contiguous at the end goes as one piece. */
-	while (ndim > 0 && (shape[ndim - 1] == 1 || strides[ndim - 1] == (int64_t)run))
-		run *= (uint64_t)shape[--ndim];
-	if (run)
-		copy_dims(dst, src, ndim, shape, strides, run);
+	py_collect();
 }
 
 /* Bytes of the view, contiguous, in fresh memory. */
 static void *copy_view(const struct py_view *v, uint64_t nbytes)
 {
 	int64_t strides[OM_MAX_NDIM];
+	struct om_array array = { v->data, v->ndim, v->shape, strides, py_dtype_size(v->type) };
 	void *copy = NULL;
 
 	if (posix_memalign(&copy, COPY_ALIGN, nbytes ? nbytes : 1)) {
@@ -95,10 +66,10 @@ static void *copy_view(const struct py_view *v, uint64_t nbytes)
 		return NULL;
 	}
 	for (int i = 0; v->strides && i < v->ndim; i++)
-		strides[i] = v->strides[i] * (int64_t)py_dtype_size(v->type);
+		strides[i] = v->strides[i] * (int64_t)array.itemsize;
 	PyThreadState *state = nbytes >= COPY_ALONE ? PyEval_SaveThread() : NULL;
 	if (v->strides)
-		py_copy_strided(copy, v->data, v->ndim, v->shape, strides, py_dtype_size(v->type));
+		om_array_copy(&array, copy);
 	else
 		memcpy(copy, v->data, nbytes);
 	if (state)
@@ -180,14 +151,18 @@ PyObject *py_export(const struct py_view *v, bool versioned, bool copy)
 	return wrap(e, v, versioned, nbytes == 0);
 }
 
+/* An exception of the caller's own objects passes, but for those that say that a value is none. */
 static PyObject *refuse(const char *text, PyObject *value)
 {
+	if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_TypeError) &&
+	    !PyErr_ExceptionMatches(PyExc_OverflowError))
+		return NULL;
 	PyErr_Clear();
 	PyErr_Format(PyExc_BufferError, text, value);
 	return NULL;
 }
 
-/* Reads a pair of int; false (nothing raised) when it is none. */
+/* Reads a pair of int; false when it is none. */
 static bool read_pair(PyObject *o, long *first, long *second)
 {
 	PyObject *a, *b;
@@ -200,10 +175,7 @@ static bool read_pair(PyObject *o, long *first, long *second)
 	*second = b ? PyLong_AsLong(b) : 0;
 	Py_XDECREF(a);
 	Py_XDECREF(b);
-	if (!PyErr_Occurred())
-		return true;
-	PyErr_Clear();
-	return false;
+	return !PyErr_Occurred();
 }
 
 PyObject *py_export_args(const struct py_view *v, PyObject *const *args, Py_ssize_t nargs,

@@ -6,7 +6,8 @@
  * om_store_collect and so on a thread of ours that has the GIL, that a producer's memory is no
  * longer needed. Views may show such memory when its store is closed and its Python object is gone:
  * every operation of any store therefore looks at all stores that keep some (`py_keepers`), and a
- * store lives until it keeps none.
+ * store lives until it keeps none. What is still seen when the interpreter exits stays: a producer's
+ * code may be gone when its last view goes.
  */
 #include "bind/py_bind.h"
 #include "bind/py_foreign.h"
@@ -14,6 +15,7 @@
 #include <stdlib.h>
 
 struct py_core *py_keepers;
+static bool finished; /* the interpreter is about to go, and producers' code with it */
 
 struct py_core *py_core_new(struct om_store *s)
 {
@@ -91,7 +93,7 @@ void py_collect_slow(void)
 	PyObject *type, *value, *trace;
 	struct py_core *c, *next;
 
-	if (running)
+	if (running || finished)
 		return;
 	running = true;
 	PyErr_Fetch(&type, &value, &trace);
@@ -111,6 +113,12 @@ void py_collect_slow(void)
 	}
 	PyErr_Restore(type, value, trace);
 	running = false;
+}
+
+void py_collect_last(void)
+{
+	py_collect();
+	finished = true;
 }
 
 struct py_foreign *py_foreign_new(struct py_core *core, const struct py_data *data)

@@ -113,30 +113,34 @@ static int refuse(const char *text)
 	return -1;
 }
 
-/* More bytes than a process can address between the lowest and the highest element: a lie. */
+/* No process can address more: a lie. */
 #define ADDRESS_SPACE (UINT64_C(1) << 57)
 
-static bool extent_overflows(const struct om_dl_tensor *t, uint64_t itemsize)
+/* Do the elements, from the lowest to the highest, lie where memory can be? */
+static bool out_of_reach(const struct om_dl_tensor *t, uint64_t itemsize)
 {
-	uint64_t total = 0, part;
+	uint64_t below = 0, above = itemsize, part, first;
 
+	if (om_add_overflows((uintptr_t)t->data, t->byte_offset, &first))
+		return true;
 	for (int i = 0; i < t->ndim; i++) {
 		int64_t s = t->strides[i];
-		uint64_t stride = s < 0 ? 0 - (uint64_t)s : (uint64_t)s;
+		uint64_t stride = s < 0 ? 0 - (uint64_t)s : (uint64_t)s,
+			 *side = s < 0 ? &below : &above;
 
 		if (t->shape[i] < 2)
 			continue;
 		if (om_mul_overflows((uint64_t)t->shape[i] - 1, stride, &part) ||
-		    om_mul_overflows(part, itemsize, &part) ||
-		    om_add_overflows(total, part, &total))
+		    om_mul_overflows(part, itemsize, &part) || om_add_overflows(*side, part, side))
 			return true;
 	}
-	return total >= ADDRESS_SPACE;
+	return below >= first || above >= ADDRESS_SPACE || om_add_overflows(first, above, &part);
 }
 
 static int check_tensor(struct py_data *d, const struct om_dl_tensor *t)
 {
 	struct om_dl_type type = t->dtype;
+	uint64_t first, end;
 
 	if (!is_cpu(t->device.type))
 		return refuse_device(t->device.type);
@@ -148,28 +152,25 @@ static int check_tensor(struct py_data *d, const struct om_dl_tensor *t)
 	}
 	if (type.bits == 0 || type.lanes == 0)
 		return refuse("an element of no bits or lanes");
-	if (type.code >= OM_DL_CODES || type.code == OM_DL_OPAQUE)
-		return refuse("its element type is unknown");
+	if (!py_dtype_is_known(type)) {
+		PyErr_Format(PyExc_BufferError,
+		             "bad DLPack tensor: no element type has code %d and %d bits",
+		             type.code, type.bits);
+		return -1;
+	}
 	if (t->ndim && !t->shape)
 		return refuse("shape is NULL");
 	if (!py_dtype_nbytes(type, t->ndim, t->shape, &d->nbytes))
 		return refuse("a dimension is negative, or the size overflows");
 	if (d->nbytes && !t->data)
 		return refuse("data is NULL");
-	if (d->nbytes && t->strides && extent_overflows(t, py_dtype_size(type)))
-		return refuse("the strides overflow");
-	if (d->nbytes && UINTPTR_MAX - (uintptr_t)t->data < t->byte_offset)
-		return refuse("byte_offset overflows");
+	if (d->nbytes && t->strides && out_of_reach(t, py_dtype_size(type)))
+		return refuse("strides or byte_offset reach out of memory");
+	if (om_add_overflows((uintptr_t)t->data, t->byte_offset, &first) ||
+	    om_add_overflows(first, d->nbytes, &end) || d->nbytes >= ADDRESS_SPACE ||
+	    t->byte_offset >= ADDRESS_SPACE)
+		return refuse("its size or byte_offset reaches out of memory");
 	return 0;
-}
-
-static void *alloc_copy(struct py_data *d)
-{
-	d->copy = malloc(d->nbytes);
-	if (!d->copy)
-		PyErr_Format(PyExc_MemoryError, "no memory to make %llu bytes contiguous",
-		             (unsigned long long)d->nbytes);
-	return d->copy;
 }
 
 static int refuse_strided(void)
@@ -181,11 +182,29 @@ static int refuse_strided(void)
 	return -1;
 }
 
-static int read_tensor(struct py_data *d, const struct om_dl_tensor *t, bool may_copy)
+/* The strided elements that `d` describes, as the caller wants them. */
+static int settle_strided(struct py_data *d, enum py_strided strided)
 {
-	int64_t strides[OM_MAX_NDIM];
-	uint64_t itemsize = py_dtype_size(t->dtype);
+	struct om_array array = py_data_array(d);
 
+	if (strided == PY_STRIDED_REFUSED)
+		return refuse_strided();
+	d->strided = strided == PY_STRIDED_KEPT;
+	if (d->strided)
+		return 0;
+	d->copy = malloc(d->nbytes);
+	if (!d->copy) {
+		PyErr_Format(PyExc_MemoryError, "no memory to make %llu bytes contiguous",
+		             (unsigned long long)d->nbytes);
+		return -1;
+	}
+	Py_BEGIN_ALLOW_THREADS om_array_copy(&array, d->copy);
+	Py_END_ALLOW_THREADS d->data = d->copy;
+	return 0;
+}
+
+static int read_tensor(struct py_data *d, const struct om_dl_tensor *t, enum py_strided strided)
+{
 	if (check_tensor(d, t))
 		return -1;
 	d->desc.code = t->dtype.code;
@@ -199,46 +218,45 @@ static int read_tensor(struct py_data *d, const struct om_dl_tensor *t, bool may
 	d->data = (char *)t->data + t->byte_offset;
 	if (!t->strides || py_dims_contiguous(t->ndim, t->shape, t->strides))
 		return 0;
-	if (!itemsize)
+	d->itemsize = py_dtype_size(t->dtype);
+	if (!d->itemsize)
 		return refuse("elements below a byte must be contiguous");
-	if (!may_copy)
-		return refuse_strided();
-	if (!alloc_copy(d))
-		return -1;
-	for (int i = 0; i < t->ndim; i++) /* of one element: never used, may hold anything */
-		strides[i] = t->shape[i] > 1 ? t->strides[i] * (int64_t)itemsize : 0;
-	Py_BEGIN_ALLOW_THREADS py_copy_strided(d->copy, d->data, t->ndim, t->shape, strides,
-	                                       itemsize);
-	Py_END_ALLOW_THREADS d->data = d->copy;
-	return 0;
+	d->ndim = t->ndim;
+	for (int i = 0; i < t->ndim; i++) { /* of one element: never used, may hold anything */
+		d->shape[i] = t->shape[i];
+		d->strides[i] = t->shape[i] > 1 ? t->strides[i] * (int64_t)d->itemsize : 0;
+	}
+	return settle_strided(d, strided);
 }
 
-static int init_dlpack(struct py_data *d, PyObject *capsule, bool may_copy)
+static int init_dlpack(struct py_data *d, PyObject *capsule, enum py_strided strided)
 {
 	struct om_dl_managed_versioned *v;
 
 	if (take_capsule(d, capsule))
 		return -1;
 	v = d->managed;
-	if (!d->versioned)
-		return read_tensor(d, &((struct om_dl_managed *)d->managed)->tensor, may_copy);
+	if (!d->versioned) {
+		d->readonly = true; /* it cannot say so, and jax's arrays, which come so, are */
+		return read_tensor(d, &((struct om_dl_managed *)d->managed)->tensor, strided);
+	}
 	if (v->version.major != OM_DL_MAJOR) {
 		PyErr_Format(PyExc_BufferError, "DLPack %u.%u is not understood, %d.x is",
 		             (unsigned)v->version.major, (unsigned)v->version.minor, OM_DL_MAJOR);
 		return -1;
 	}
 	d->readonly = v->flags & OM_DL_READ_ONLY;
-	if (v->flags & OM_DL_SUBBYTE_PADDED)
+	if (v->flags & OM_DL_SUBBYTE_PADDED && v->tensor.dtype.bits % 8)
 		return refuse("elements below a byte must be packed");
-	return read_tensor(d, &v->tensor, may_copy);
+	return read_tensor(d, &v->tensor, strided);
 }
 
-static void read_format(struct py_data *d, const Py_buffer *b)
+static void read_format(struct py_data *d, const Py_buffer *b, struct om_dl_type type)
 {
-	struct om_dl_type type;
-
 	d->desc.ndim = -1;
-	if (b->ndim > OM_MAX_NDIM || !py_dtype_of_format(b->format, b->itemsize, &type))
+	if (b->ndim > OM_MAX_NDIM)
+		return;
+	if (!type.bits && !py_dtype_of_format(b->format, b->itemsize, &type))
 		return;
 	d->desc.code = type.code;
 	d->desc.bits = type.bits;
@@ -248,15 +266,84 @@ static void read_format(struct py_data *d, const Py_buffer *b)
 		d->desc.shape[i] = b->shape[i];
 }
 
-static int init_buffer(struct py_data *d, PyObject *o, bool may_copy)
+/* One with pointers to pointers, or with more dimensions than we know. */
+static int settle_odd_buffer(struct py_data *d, enum py_strided strided)
+{
+	if (strided == PY_STRIDED_REFUSED)
+		return refuse_strided();
+	d->copy = malloc(d->nbytes);
+	if (!d->copy) {
+		PyErr_NoMemory();
+		return -1;
+	}
+	d->data = d->copy;
+	return PyBuffer_ToContiguous(d->copy, d->buffer, d->buffer->len, 'C');
+}
+
+/* The same elements as raw bytes each; NULL, with an exception, when `o` is no array of NumPy. */
+static PyObject *view_raw(PyObject *o, PyObject *dtype, struct om_dl_type *ret)
+{
+	PyObject *name = PyObject_GetAttrString(dtype, "name"), *raw = NULL, *view = NULL;
+	PyObject *itemsize = name ? PyObject_GetAttrString(dtype, "itemsize") : NULL;
+	const char *text = itemsize && PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, NULL)
+	                                                     : NULL;
+
+	if (text) {
+		raw = PyUnicode_FromFormat("V%S", itemsize);
+		if (py_dtype_parse(text, ret)) {
+			PyErr_Clear();
+			ret->bits = 0;
+		} else if (PyLong_AsLong(itemsize) != (long)py_dtype_size(*ret)) {
+			ret->bits = 0; /* ml_dtypes keeps a byte for each int4 */
+		}
+	}
+	if (raw)
+		view = PyObject_CallMethod(o, "view", "O", raw);
+	Py_XDECREF(name);
+	Py_XDECREF(itemsize);
+	Py_XDECREF(raw);
+	return view;
+}
+
+/* The buffer of `o`. NumPy has elements that no format stands for, such as those of ml_dtypes: then
+ * *ret is what they are called, and its bits are 0 when that is no type either. */
+static int get_buffer(PyObject *o, Py_buffer *b, struct om_dl_type *ret)
+{
+	PyObject *type, *value, *trace, *dtype, *view;
+	int failed;
+
+	*ret = (struct om_dl_type){ 0 };
+	if (!PyObject_GetBuffer(o, b, PyBUF_FULL_RO))
+		return 0;
+	if (!PyErr_ExceptionMatches(PyExc_ValueError))
+		return -1;
+	PyErr_Fetch(&type, &value, &trace);
+	dtype = PyObject_GetAttrString(o, "dtype");
+	view = dtype ? view_raw(o, dtype, ret) : NULL;
+	failed = !view || PyObject_GetBuffer(view, b, PyBUF_FULL_RO);
+	Py_XDECREF(dtype);
+	Py_XDECREF(view);
+	if (failed) {
+		PyErr_Clear();
+		PyErr_Restore(type, value, trace);
+		return -1;
+	}
+	Py_XDECREF(type);
+	Py_XDECREF(value);
+	Py_XDECREF(trace);
+	return 0;
+}
+
+static int init_buffer(struct py_data *d, PyObject *o, enum py_strided strided)
 {
 	Py_buffer *b = calloc(1, sizeof(*b));
+	struct om_dl_type type;
 
 	if (!b) {
 		PyErr_NoMemory();
 		return -1;
 	}
-	if (PyObject_GetBuffer(o, b, PyBUF_FULL_RO)) {
+	if (get_buffer(o, b, &type)) {
 		free(b);
 		return -1;
 	}
@@ -264,25 +351,33 @@ static int init_buffer(struct py_data *d, PyObject *o, bool may_copy)
 	d->data = b->buf;
 	d->nbytes = (uint64_t)b->len;
 	d->readonly = b->readonly;
-	read_format(d, b);
+	if (b->format && !strcmp(b->format, "O")) {
+		PyErr_SetString(PyExc_ValueError, "the data are Python objects: their bytes mean "
+		                                  "nothing but to this process");
+		return -1;
+	}
+	read_format(d, b, type);
 	if (!b->len || PyBuffer_IsContiguous(b, 'C'))
 		return 0;
-	if (!may_copy)
-		return refuse_strided();
-	if (!alloc_copy(d) || PyBuffer_ToContiguous(d->copy, b, b->len, 'C'))
-		return -1;
-	d->data = d->copy;
-	return 0;
+	if (b->suboffsets || b->ndim > OM_MAX_NDIM)
+		return settle_odd_buffer(d, strided);
+	d->itemsize = (uint64_t)b->itemsize;
+	d->ndim = b->ndim;
+	for (int i = 0; i < b->ndim; i++) {
+		d->shape[i] = b->shape[i];
+		d->strides[i] = b->strides[i];
+	}
+	return settle_strided(d, strided);
 }
 
 /* DLPack where the object speaks it: 1 done, 0 ask for the buffer, -1 raised. */
-static int try_dlpack(struct py_data *d, PyObject *o, bool may_copy)
+static int try_dlpack(struct py_data *d, PyObject *o, enum py_strided strided)
 {
 	PyObject *capsule, *type, *value, *trace;
 	int code;
 
 	if (PyCapsule_CheckExact(o))
-		return init_dlpack(d, o, may_copy) ? -1 : 1;
+		return init_dlpack(d, o, strided) ? -1 : 1;
 	if (!PyObject_HasAttrString(o, "__dlpack__"))
 		return 0;
 	if (PyObject_HasAttrString(o, "__dlpack_device__") && check_device(o))
@@ -294,19 +389,19 @@ static int try_dlpack(struct py_data *d, PyObject *o, bool may_copy)
 		PyErr_Clear();
 		return 0;
 	}
-	code = init_dlpack(d, capsule, may_copy) ? -1 : 1;
+	code = init_dlpack(d, capsule, strided) ? -1 : 1;
 	PyErr_Fetch(&type, &value, &trace); /* the capsule's destructor must not see it */
 	Py_DECREF(capsule);
 	PyErr_Restore(type, value, trace);
 	return code;
 }
 
-int py_data_init(struct py_data *d, PyObject *o, bool may_copy)
+int py_data_init(struct py_data *d, PyObject *o, enum py_strided strided)
 {
 	int got;
 
 	memset(d, 0, sizeof(*d));
-	got = try_dlpack(d, o, may_copy);
+	got = try_dlpack(d, o, strided);
 	if (got == 0 && !PyObject_CheckBuffer(o)) {
 		PyErr_Format(PyExc_TypeError,
 		             "data must speak DLPack or the buffer protocol, %R does neither",
@@ -314,7 +409,7 @@ int py_data_init(struct py_data *d, PyObject *o, bool may_copy)
 		return -1;
 	}
 	if (got == 0)
-		got = init_buffer(d, o, may_copy) ? -1 : 1;
+		got = init_buffer(d, o, strided) ? -1 : 1;
 	if (got < 0)
 		py_data_fini(d);
 	return got < 0 ? -1 : 0;

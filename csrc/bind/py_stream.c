@@ -487,12 +487,37 @@ static PyObject *stream_stats(PyObject *self, PyObject *Py_UNUSED(unused))
 	code = om_stream_stats(o->st, &s);
 	if (code)
 		return py_raise(code);
-	return Py_BuildValue("{sKsKsdsKsKsKsK}", "enters", (unsigned long long)s.enters, "hits",
+	return Py_BuildValue("{sKsKsdsKsKsKsKsd}", "enters", (unsigned long long)s.enters, "hits",
 	                     (unsigned long long)s.hits, "stall_seconds", (double)s.stall_ns / 1e9,
 	                     "read_bytes", (unsigned long long)s.read_bytes, "mispredicted",
 	                     (unsigned long long)s.mispredicted, "packed_bytes",
 	                     (unsigned long long)s.packed_bytes, "decoded_bytes",
-	                     (unsigned long long)s.decoded_bytes);
+	                     (unsigned long long)s.decoded_bytes, "decode_seconds",
+	                     (double)s.decode_ns / 1e9);
+}
+
+static PyObject *stream_reserve(PyObject *self, PyObject *ring)
+{
+	struct py_stream *o = (struct py_stream *)self;
+	uint64_t bytes;
+	int code;
+
+	if (!open_stream(o) || py_size(ring, "ring", &bytes))
+		return NULL;
+	code = om_stream_reserve(o->st, bytes);
+	return code ? py_raise(code) : Py_NewRef(Py_None);
+}
+
+static PyObject *stream_forget(PyObject *self, PyObject *number)
+{
+	struct py_stream *o = (struct py_stream *)self;
+	size_t unit;
+	int code;
+
+	if (read_place(o, number, &unit))
+		return NULL;
+	code = om_stream_forget(o->st, unit);
+	return code ? py_raise(code) : Py_NewRef(Py_None);
 }
 
 static PyObject *stream_close(PyObject *self, PyObject *Py_UNUSED(unused))
@@ -525,6 +550,9 @@ PyDoc_STRVAR(
 	windows_doc,
 	"windows($self, unit, resident=None)\n--\n\n"
 	"DLPack capsules, in the order of set_windows(), of all, resident or streamed blocks.");
+PyDoc_STRVAR(reserve_doc, "reserve($self, ring, /)\n--\n\n"
+                          "Bytes that what is kept encoded leaves to the ring; before load().");
+PyDoc_STRVAR(forget_doc, "forget($self, unit, /)\n--\n\nKeep nothing of a unit encoded any more.");
 PyDoc_STRVAR(stats_doc, "stats($self, /)\n--\n\nCounters.");
 PyDoc_STRVAR(close_doc, "close($self, /)\n--\n\nLet all leases go; views keep their bytes.");
 
@@ -536,6 +564,8 @@ static PyMethodDef stream_methods[] = {
 	{ "unbound", stream_unbound, METH_O, unbound_doc },
 	{ "set_windows", PY_FAST(stream_set_windows), PY_FAST_FLAGS, set_windows_doc },
 	{ "windows", PY_FAST(stream_windows), PY_FAST_FLAGS, windows_doc },
+	{ "reserve", stream_reserve, METH_O, reserve_doc },
+	{ "forget", stream_forget, METH_O, forget_doc },
 	{ "stats", stream_stats, METH_NOARGS, stats_doc },
 	{ "close", stream_close, METH_NOARGS, close_doc },
 	{ NULL, NULL, 0, NULL },

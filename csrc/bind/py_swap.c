@@ -62,7 +62,7 @@ PyObject *py_store_pack(PyObject *self, PyObject *args)
 	if (!core || !PyArg_ParseTuple(args, "O!Oi:_pack", py_lease_type, &lease, &data, &codec))
 		return NULL;
 	l = py_lease_held(lease);
-	if (!l || py_data_init(&d, data, true))
+	if (!l || py_data_init(&d, data, PY_STRIDED_COPIED))
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS code = om_lease_pack(l, d.data, d.nbytes, (uint8_t)codec);
 	Py_END_ALLOW_THREADS data = code == OM_EBUSY ? Py_NewRef(Py_False)
@@ -177,9 +177,10 @@ PyObject *py_same_bytes(PyObject *Py_UNUSED(module), PyObject *args)
 	struct py_data one, two;
 	bool same;
 
-	if (!PyArg_ParseTuple(args, "OO:_same_bytes", &a, &b) || py_data_init(&one, a, true))
+	if (!PyArg_ParseTuple(args, "OO:_same_bytes", &a, &b) ||
+	    py_data_init(&one, a, PY_STRIDED_COPIED))
 		return NULL;
-	if (py_data_init(&two, b, true)) {
+	if (py_data_init(&two, b, PY_STRIDED_COPIED)) {
 		py_data_fini(&one);
 		return NULL;
 	}

@@ -132,6 +132,7 @@ static void window_dealloc(PyObject *self)
 		om_lease_view_unref(w->l);
 	PyObject_Free(self);
 	Py_DECREF(type);
+	py_collect();
 }
 
 static PyObject *window_dlpack(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
@@ -242,6 +243,7 @@ static void window_releasebuffer(PyObject *Py_UNUSED(self), Py_buffer *view)
 
 	om_lease_view_unref(b->lease);
 	free(b);
+	py_collect();
 }
 
 /* ---- attributes ---- */

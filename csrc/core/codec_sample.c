@@ -64,7 +64,7 @@ static unsigned kinds_of(const struct om_desc *desc, enum om_kind ret[2])
 {
 	enum { FLOAT = 2, BFLOAT = 4, FLOAT8_FIRST = 7, FLOAT8_E5M2 = 12, FLOAT8_LAST = 13 };
 
-	if (!desc)
+	if (!desc || desc->ndim < 0)
 		return 0;
 	ret[0] = OM_KIND_RAW;
 	if (desc->code == BFLOAT && desc->bits == 16)

@@ -55,7 +55,23 @@ static int reserve_new_locked(struct om_store *s, struct om_block *b, uint64_t d
 	return code ? code : om_fetch_reserve_locked(s, b->group, bytes, ret);
 }
 
-static int add_bytes_locked(struct om_store *s, struct om_block *b, const void *data,
+/* Where the bytes of a block without an origin come from: one of these, or nowhere: zeros, made later. */
+struct source {
+	const void *data;
+	const struct om_array *array;
+	struct om_foreign *foreign;
+	bool zeros;
+};
+
+static void copy_bytes(struct om_block *b, const struct source *from)
+{
+	if (from->array)
+		om_array_copy(from->array, b->body->data);
+	else if (b->nbytes)
+		memcpy(b->body->data, from->data, b->nbytes);
+}
+
+static int add_bytes_locked(struct om_store *s, struct om_block *b, const struct source *from,
                             uint64_t deadline_ns)
 {
 	struct om_extent mem;
@@ -67,8 +83,7 @@ static int add_bytes_locked(struct om_store *s, struct om_block *b, const void *
 	om_block_lease(b); /* nobody takes it away meanwhile */
 	s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
 	om_mutex_unlock(&s->lock);
-	if (b->nbytes)
-		memcpy(b->body->data, data, b->nbytes);
+	copy_bytes(b, from);
 	om_mutex_lock(&s->lock);
 	code = s->closing ? om_err(OM_ECLOSED, "the store was closed meanwhile")
 	                  : name_block_locked(s, b);
@@ -100,13 +115,6 @@ static int adopt_bytes_locked(struct om_store *s, struct om_block *b, struct om_
 	return code;
 }
 
-/* Where the bytes of a block without an origin come from: one of both, or nowhere: zeros, made later. */
-struct source {
-	const void *data;
-	struct om_foreign *foreign;
-	bool zeros;
-};
-
 /* The bytes, if there are any, and then the name. */
 static int bring_in_locked(struct om_store *s, struct om_block *b, const struct source *from,
                            uint64_t deadline_ns)
@@ -115,7 +123,7 @@ static int bring_in_locked(struct om_store *s, struct om_block *b, const struct 
 		return om_table_insert(&s->table, b);
 	om_block_access(b);
 	return from->foreign ? adopt_bytes_locked(s, b, from->foreign, deadline_ns)
-	                     : add_bytes_locked(s, b, from->data, deadline_ns);
+	                     : add_bytes_locked(s, b, from, deadline_ns);
 }
 
 static int add_sole(struct om_store *s, const char *name, const char *group,
@@ -162,6 +170,13 @@ int om_store_add(struct om_store *s, const char *name, const char *group, const 
 {
 	return add_sole(s, name, group, &(struct source){ .data = data }, nbytes, desc,
 	                deadline_ns);
+}
+
+int om_store_add_array(struct om_store *s, const char *name, const char *group,
+                       const struct om_array *a, uint64_t nbytes, const struct om_desc *desc,
+                       uint64_t deadline_ns)
+{
+	return add_sole(s, name, group, &(struct source){ .array = a }, nbytes, desc, deadline_ns);
 }
 
 int om_store_take(struct om_store *s, const char *name, const char *group, void *data,

@@ -100,7 +100,7 @@ uint64_t om_block_host_bytes(const struct om_block *b)
 		bytes += om_up(b->body->ranges[i].offset + b->body->ranges[i].nbytes, OM_PAGE) -
 		         first;
 	}
-	if (!om_block_has_origin(b))
+	if (!b->body || !b->body->ranges)
 		bytes = om_up(b->nbytes + (b->body ? b->body->disk_copy.head : 0), OM_PAGE);
 	return OM_MAX(bytes, OM_PAGE);
 }
@@ -236,7 +236,7 @@ static void end_host(struct om_block *b, bool evicted)
 		b->group->leaving_bytes -= bytes;
 	body->data = NULL;
 	b->host = OM_COPY_NONE;
-	body->unused = body->touched = false;
+	body->unused = body->touched = body->shown = false;
 	b->counted = 0;
 	end_membership(b, evicted);
 	recount(b, was);
@@ -445,14 +445,14 @@ void om_foreign_collect(void)
 {
 	struct om_foreign *f;
 
-	if (om_likely(!__atomic_load_n(&graveyard, __ATOMIC_RELAXED)))
-		return;
-	f = __atomic_exchange_n(&graveyard, NULL, __ATOMIC_ACQUIRE);
-	while (f) {
-		struct om_foreign *next = f->next;
+	while (om_unlikely(__atomic_load_n(&graveyard, __ATOMIC_RELAXED))) {
+		f = __atomic_exchange_n(&graveyard, NULL, __ATOMIC_ACQUIRE);
+		while (f) {
+			struct om_foreign *next = f->next;
 
-		f->release(f->context);
-		om_free(f);
-		f = next;
+			f->release(f->context); /* may bring others here */
+			om_free(f);
+			f = next;
+		}
 	}
 }

@@ -56,7 +56,7 @@ struct om_body {
 	uint32_t align;         /* what a fill leaves where it was read, if that is so aligned */
 	unsigned holds;         /* threads that hash the bytes without the lock */
 	unsigned views;         /* atomic: references that foreign consumers hold */
-	unsigned shares;        /* leases for sharing that came or went: each may have written */
+	unsigned turns;         /* leases that came or went: whoever had one may have written */
 	struct om_list holders; /* struct om_lease */
 	struct om_disk_copy disk_copy;
 	struct om_block
@@ -67,8 +67,9 @@ struct om_body {
 	uint64_t hash;             /* XXH3-64 of the bytes of origin, disk copy or packed form */
 	bool hash_known, verified; /* verified: compared at least once */
 	bool writer;               /* the one lease is a write lease */
-	bool touched;     /* HOST was leased for sharing: it may differ from what lies below */
-	bool unused;      /* HOST was fetched ahead and nobody has leased it since */
+	bool touched; /* HOST was leased for sharing: it may differ from what lies below */
+	bool shown;  /* HOST was leased: a consumer that ignores read-only may have written to it */
+	bool unused; /* HOST was fetched ahead and nobody has leased it since */
 	bool guessed;     /* of these: foretold, not asked for */
 	uint8_t codec;    /* of `packed`: OM_CODEC_CORE, or the face's number of who encoded it */
 	uint64_t used_no; /* the last access, by the group's count of them */

@@ -5,7 +5,8 @@
  * little-endian. The header ends with a hash of itself and the table, so that what is opened is either whole
  * or refused, and with the hash of the plain bytes, which is what proves them. Parts are in order and leave no
  * gap but the padding, so an entry's place follows from those before it; it is written all the same, so that
- * threads find theirs at once.
+ * threads find theirs at once. The header says where it all ends, so one may follow another; under
+ * OM_CODING_NONE every part is raw.
  *
  * Functions of their arguments; BALANCED allocates scratch for the time of a call. No locks.
  */
@@ -61,7 +62,7 @@ static uint64_t table_end(uint64_t parts)
 
 static bool known(int coding)
 {
-	return coding == OM_CODING_FAST || coding == OM_CODING_BALANCED;
+	return coding >= OM_CODING_NONE && coding <= OM_CODING_BALANCED;
 }
 
 /* What may be left of `nbytes` for it to be worth it. */
@@ -146,6 +147,11 @@ static bool choose_kinds(const uint8_t *data, uint64_t nbytes, const struct om_d
 {
 	double left = 0;
 
+	if (coding == OM_CODING_NONE) {
+		memset(ret + sizeof(struct header), OM_KIND_RAW,
+		       parts_of(nbytes) * sizeof(struct entry));
+		return true;
+	}
 	for (uint64_t i = 0; i < parts_of(nbytes); i++) {
 		size_t n = part_bytes(nbytes, i);
 		struct om_choice choice =
@@ -196,7 +202,7 @@ int om_encode(const void *data, uint64_t nbytes, const struct om_desc *desc, enu
 
 	*ret_bytes = 0;
 	if (!known(coding))
-		return om_err(OM_EVALUE, "coding %d is not known: 1 is fast, 2 balanced",
+		return om_err(OM_EVALUE, "coding %d is not known: 0 is none, 1 fast, 2 balanced",
 		              (int)coding);
 	if (nbytes > MOST_BYTES)
 		return om_err(OM_EVALUE,
@@ -208,13 +214,13 @@ int om_encode(const void *data, uint64_t nbytes, const struct om_desc *desc, enu
 		              "encoding %" PRIu64 " bytes may need %" PRIu64
 		              ", and there is room for %" PRIu64,
 		              nbytes, om_encode_bound(nbytes), room);
-	if (!nbytes || !choose_kinds(data, nbytes, desc, coding, out))
+	if ((!nbytes && coding != OM_CODING_NONE) || !choose_kinds(data, nbytes, desc, coding, out))
 		return 0;
 	if (coding == OM_CODING_BALANCED && !(dense = om_dense_create(true)))
 		return -ENOMEM;
 	h.coded_bytes = encode_parts(dense, data, nbytes, out, &h.plain_hash);
 	om_dense_free(dense);
-	if (h.coded_bytes > worth(nbytes))
+	if (coding != OM_CODING_NONE && h.coded_bytes > worth(nbytes))
 		return 0;
 	memset(out + listed, 0, table_end(parts) - listed);
 	memcpy(out, &h, sizeof(h));
@@ -245,8 +251,8 @@ static int prove_table(const struct om_coded *c)
 	}
 	return at == c->bytes ? 0
 	                      : om_err(OM_ECORRUPT,
-	                               "encoded bytes: %" PRIu64
-	                               " are given, and the parts end at %" PRIu64,
+	                               "encoded bytes: the header says %" PRIu64
+	                               ", and the parts end at %" PRIu64,
 	                               c->bytes, at);
 }
 
@@ -265,16 +271,17 @@ int om_coded_open(const void *coded, uint64_t coded_bytes, struct om_coded *ret)
 		return om_err(OM_ECORRUPT,
 		              "encoded bytes: of version %u, and this omnimem reads version %u",
 		              (unsigned)h.version, VERSION);
-	if (h.coded_bytes != coded_bytes ||
-	    parts_of(h.nbytes) > coded_bytes / sizeof(struct entry) ||
-	    table_end(parts_of(h.nbytes)) > coded_bytes)
+	if (h.coded_bytes > coded_bytes ||
+	    parts_of(h.nbytes) > h.coded_bytes / sizeof(struct entry) ||
+	    table_end(parts_of(h.nbytes)) > h.coded_bytes)
 		return om_err(OM_ECORRUPT,
-		              "encoded bytes: %" PRIu64 " are given, the header says %" PRIu64,
-		              coded_bytes, h.coded_bytes);
+		              "encoded bytes: %" PRIu64 " are given, the header says %" PRIu64
+		              " for %" PRIu64 " plain ones",
+		              coded_bytes, h.coded_bytes, h.nbytes);
 	if (h.head_hash != head_hash(coded, parts_of(h.nbytes)) || !known(h.coding))
 		return om_err(OM_ECORRUPT, "encoded bytes: the header is damaged");
 	*ret = (struct om_coded){ .data = coded,
-		                  .bytes = coded_bytes,
+		                  .bytes = h.coded_bytes,
 		                  .nbytes = h.nbytes,
 		                  .parts = parts_of(h.nbytes),
 		                  .hash = h.plain_hash,
@@ -347,28 +354,80 @@ int om_coded_check(const struct om_coded *c, const void *ret)
 	              hash, c->hash);
 }
 
+#define FEW_PARTS 4u /* decoded at a time where the result is only looked at */
+
+int om_coded_compare(const struct om_coded *c, const void *data)
+{
+	uint64_t step = FEW_PARTS * OM_CODED_PART;
+	uint8_t *room = om_alloc(1, OM_MIN(step, c->nbytes));
+	int code = room || !c->nbytes ? 0 : -ENOMEM;
+
+	for (uint64_t at = 0; !code && at < c->nbytes; at += step) {
+		uint64_t n = OM_MIN(step, c->nbytes - at), first = at / OM_CODED_PART;
+
+		/* om_coded_part counts places from the first part's on */
+		code = om_coded_part(c, first, parts_of(n), (void *)((uintptr_t)room - at));
+		if (!code && memcmp(room, (const uint8_t *)data + at, n))
+			code = om_err(OM_ECORRUPT,
+			              "encoded bytes: among the %" PRIu64 " from %" PRIu64
+			              " on, others are decoded than were encoded",
+			              n, at);
+	}
+	om_free(room);
+	return code;
+}
+
 int om_coded_info(const void *coded, uint64_t coded_bytes, uint64_t *ret_nbytes,
                   enum om_coding *ret_coding)
 {
+	const uint8_t *data = coded;
 	struct om_coded c = { 0 };
-	int code = om_coded_open(coded, coded_bytes, &c);
+	uint64_t nbytes = 0;
+	enum om_coding coding = OM_CODING_NONE;
 
-	if (code)
-		return code;
-	*ret_nbytes = c.nbytes;
-	*ret_coding = c.coding;
+	do {
+		int code = om_coded_open(data, coded_bytes, &c);
+
+		if (code)
+			return code;
+		if (om_add_overflows(nbytes, c.nbytes, &nbytes))
+			return om_err(OM_ECORRUPT, "encoded bytes: more plain ones than there are");
+		coding = OM_MAX(coding, c.coding);
+		data += c.bytes;
+		coded_bytes -= c.bytes;
+	} while (coded_bytes);
+	*ret_nbytes = nbytes;
+	*ret_coding = coding;
 	return 0;
 }
 
 int om_decode(const void *coded, uint64_t coded_bytes, void *ret, uint64_t nbytes)
 {
+	const uint8_t *data = coded;
+	uint8_t *plain = ret;
+	uint64_t left = nbytes;
 	struct om_coded c = { 0 };
-	int code = om_coded_open(coded, coded_bytes, &c);
 
-	if (!code && c.nbytes != nbytes)
-		code = om_err(OM_ECORRUPT,
+	do {
+		int code = om_coded_open(data, coded_bytes, &c);
+
+		if (!code && c.nbytes > left)
+			code = om_err(OM_ECORRUPT,
+			              "encoded bytes: of more plain ones than the %" PRIu64
+			              " that are wanted",
+			              nbytes);
+		code = code ? code : om_coded_part(&c, 0, c.parts, plain);
+		code = code ? code : om_coded_check(&c, plain);
+		if (code)
+			return code;
+		plain += c.nbytes;
+		left -= c.nbytes;
+		data += c.bytes;
+		coded_bytes -= c.bytes;
+	} while (coded_bytes);
+	if (left)
+		return om_err(OM_ECORRUPT,
 		              "encoded bytes: of %" PRIu64 " plain ones, %" PRIu64 " are wanted",
-		              c.nbytes, nbytes);
-	code = code ? code : om_coded_part(&c, 0, c.parts, ret);
-	return code ? code : om_coded_check(&c, ret);
+		              nbytes - left, nbytes);
+	return 0;
 }

@@ -69,9 +69,7 @@ extern const struct om_kernels om_kernels_plain;
 extern const struct om_kernels *const om_kernels_avx2;   /* NULL where the compiler has none */
 extern const struct om_kernels *const om_kernels_avx512; /* with VBMI2 */
 
-enum om_codec_path { OM_PATH_AUTO, OM_PATH_PLAIN, OM_PATH_AVX2, OM_PATH_AVX512 };
-/* For tests and benchmarks: what the process uses from now on. False: this processor cannot. */
-bool om_codec_use(enum om_codec_path path);
+/* What om_codec_use said, or the widest that there is. */
 const struct om_kernels *om_codec_kernels(void);
 
 /* ---- planes ---- */

@@ -39,6 +39,7 @@ struct om_decoding {
 	uint64_t taken, parts; /* parts that are decoded or being decoded, and all there are */
 	unsigned threads;      /* that are at work without the lock */
 	bool opened;           /* the headers are read; seen under the lock only */
+	uint64_t began_ns;     /* its bytes were here */
 	bool on_team;          /* decoded at one go, by the team of whoever begins */
 };
 
@@ -251,6 +252,7 @@ static void succeed_locked(struct om_store *s, struct om_move *m)
 		s->counters.verified_bytes += b->nbytes;
 	}
 	b->group->decoded_bytes += b->nbytes;
+	b->group->decode_ns += om_now() - m->decoding->began_ns;
 	om_fetch_filled_locked(s, m);
 }
 
@@ -316,8 +318,10 @@ bool om_decode_work_locked(struct om_store *s, struct om_move *m)
 		conclude_locked(s, m, false);
 		return m->settled;
 	}
-	if (!d->opened)
+	if (!d->opened && !d->threads) {
 		d->on_team = m->block->group->streams && om_team_found();
+		d->began_ns = om_now();
+	}
 	step = !d->opened ? OPEN : d->taken < d->parts ? DECODE : PROVE;
 	if (step != DECODE && d->threads)
 		return false; /* another one opens it, or others are at the last parts */

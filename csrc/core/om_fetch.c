@@ -216,7 +216,7 @@ static void land_spill_locked(struct om_store *s, struct om_move *m)
 		b->body->hash_known = true;
 		b->body->verified = false;
 		s->counters.writes++;
-		if (b->body->touched) { /* rescued, and maybe written to while it was being read */
+		if (b->body->touched || m->shown) { /* maybe written to while it was being read */
 			om_block_disk_drop(b, &s->disk);
 			if (b->host == OM_COPY_LEAVING)
 				om_block_leave_rescue(b);

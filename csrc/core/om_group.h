@@ -27,7 +27,7 @@ struct om_group {
 	uint64_t packed_bytes;  /* of these, of encoded forms */
 	uint64_t gone_bytes;    /* HOST extents of those that had one: held by somebody */
 	uint64_t leaving_bytes; /* of those, LEAVING */
-	uint64_t read_bytes, decoded_bytes;
+	uint64_t read_bytes, decoded_bytes, decode_ns;
 	uint64_t disk_bytes;    /* runs of the swap file that its blocks hold */
 	uint64_t foreign_bytes; /* HOST bytes of somebody else */
 	uint64_t blocks, leases, pinned;

@@ -22,7 +22,10 @@ struct om_lease *om_lease_make_locked(struct om_store *s, struct om_block *b, bo
 	l->block = b;
 	l->data = b->body->data;
 	l->write = write;
-	l->shares = b->body->shares;
+	l->turns = ++b->body->turns;
+	b->body->shown = true;
+	if (b->body->move) /* a spill, which goes on: nobody is to believe what it writes */
+		b->body->move->shown = true;
 	l->segment = b->body->mem.segment;
 	l->foreign = b->body->foreign;
 	om_list_push_tail(&b->body->holders, &l->link);
@@ -66,7 +69,7 @@ void om_store_drain_locked(struct om_store *s)
 		om_list_del(&l->link);
 		if (l->write)
 			b->body->writer = false;
-		b->body->shares += l->share;
+		b->body->turns++;
 		if (l->segment) /* before the block may go, so that its segment can be kept for the next */
 			om_segment_unref(l->segment);
 		l->segment = NULL;
@@ -177,7 +180,6 @@ static int own_bytes_locked(struct om_store *s, struct om_block *b, enum om_acce
 		if (om_block_has_origin(b))
 			om_pack_forget_origin_locked(s, b);
 		b->body->touched = true;
-		b->body->shares++;
 		return 0;
 	}
 	om_pack_forget_origin_locked(s, b);
@@ -197,17 +199,41 @@ static int alone_error(const struct om_block *b)
 	return OM_EBUSY;
 }
 
+static bool is_alone(const struct om_block *b)
+{
+	return b->leases == 1 && !b->body->move && !b->body->holds;
+}
+
+/* Is HOST, which a writer is about to make the only copy, still what lies below it? Whoever leased it for
+ * reading may have written to it all the same. May give up the lock. */
+static bool is_sound_locked(struct om_store *s, struct om_block *b)
+{
+	if (!b->body->shown || !b->body->hash_known || !om_block_clean(b))
+		return true;
+	return om_spill_hash_locked(s, b) == b->body->hash;
+}
+
 /* Lease the block when nobody else holds it. No lease is kept while waiting: two writers that wait
  * for each other's lease to go would wait for ever. */
 static int lease_alone_locked(struct om_store *s, struct om_block *b, uint64_t deadline_ns)
 {
 	for (;;) {
 		int code = om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
+		bool sound = true;
 
-		if (code || (b->leases == 1 && !b->body->move && !b->body->holds))
+		if (!code && is_alone(b)) {
+			sound = is_sound_locked(s, b);
+			if (sound && is_alone(b) && !s->closing)
+				return 0;
+		}
+		if (code)
 			return code;
 		b->counted++; /* it comes again */
 		om_fetch_unlease_locked(s, b);
+		if (!sound && b->host == OM_COPY_VALID && !b->leases && !b->body->holds) {
+			om_room_drop_locked(s, b); /* what was stored comes back */
+			continue;
+		}
 		do {
 			if (s->closing)
 				return om_err(OM_ECLOSED, "the store is closed");

@@ -51,6 +51,7 @@ struct om_move {
 	bool checked; /* identity of the files was compared before the first request */
 	bool ahead;   /* begun before anybody needed it */
 	bool zeros;   /* fill: nothing is read, the bytes are zeros */
+	bool shown;   /* spill: the bytes were leased meanwhile, and maybe written to */
 	uint64_t began_ns;
 	bool want_hash, displaced, speculative, canceled, landed, settled, busy;
 	uint8_t attempt;

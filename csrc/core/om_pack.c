@@ -137,7 +137,7 @@ static int packable(const struct om_lease *l)
 		return om_err(OM_ENAME, "block '%s' was removed", b->name);
 	if (b->leases > 1 || b->pinned || b->body->move || b->body->holds)
 		return om_err(OM_EBUSY, "block '%s' is in use", b->name);
-	if (b->body->shares != l->shares)
+	if (b->body->turns != l->turns)
 		return om_err(OM_EBUSY, "block '%s' may have been written to since it was leased",
 		              b->name);
 	return 0;
@@ -156,7 +156,7 @@ int om_lease_pack(struct om_lease *l, const void *data, uint64_t nbytes, uint8_t
 	code = packable(l);
 	if (code)
 		return om_store_leave(s, code);
-	b->body->holds++; /* nobody writes alone meanwhile; who shares the bytes is seen afterwards */
+	b->body->holds++; /* nobody writes alone meanwhile; who else leases the bytes is seen afterwards */
 	s->inside++;
 	om_mutex_unlock(&s->lock);
 	hash = om_hash(l->data, b->nbytes);
@@ -168,6 +168,9 @@ int om_lease_pack(struct om_lease *l, const void *data, uint64_t nbytes, uint8_t
 	if (code)
 		return om_store_leave(s, code);
 	code = packable(l);
+	if (!code && om_block_clean(b) && b->body->hash_known && hash != b->body->hash)
+		code = om_err(OM_EBUSY, "block '%s' was written to by who leased it for reading",
+		              b->name);
 	code = code ? code : take_form_locked(s, b, mem, nbytes, codec);
 	if (code) {
 		om_pool_free(&s->pool, &mem);
@@ -292,26 +295,6 @@ void om_pack_free_loose_locked(struct om_store *s, struct om_extent *mem)
 	om_pool_free(&s->pool, mem);
 }
 
-/* Decode the form and compare it with the bytes that it was made of, a part at a time. */
-static int compare_form(const struct om_block *b, const uint8_t *data, const struct om_coded *coded)
-{
-	uint8_t *part = om_alloc(1, OM_CODED_PART);
-	int code = part ? 0 : -ENOMEM;
-
-	for (uint64_t i = 0; !code && i < coded->parts; i++) {
-		uint64_t at = i * OM_CODED_PART, n = OM_MIN(OM_CODED_PART, b->nbytes - at);
-
-		code = om_coded_part(coded, i, 1, (uint8_t *)((uintptr_t)part - at));
-		if (!code && memcmp(part, data + at, n))
-			code = om_err(OM_ECORRUPT,
-			              "block '%s': what its bytes were encoded to decodes "
-			              "to others; it stays as it is",
-			              b->name);
-	}
-	om_free(part);
-	return code;
-}
-
 int om_pack_encode(const struct om_block *b, const void *data, enum om_coding coding,
                    struct om_extent mem, struct om_coded *ret)
 {
@@ -321,7 +304,13 @@ int om_pack_encode(const struct om_block *b, const void *data, enum om_coding co
 	if (code || !ret->bytes)
 		return code;
 	code = om_coded_open(mem.ptr, ret->bytes, ret);
-	return code ? code : compare_form(b, data, ret);
+	code = code ? code : om_coded_compare(ret, data);
+	if (code != OM_ECORRUPT)
+		return code;
+	return om_err(
+		code,
+		"block '%s': what its bytes were encoded to decodes to others; it stays as it is",
+		b->name);
 }
 
 /* The form in `scratch` becomes the block's, in memory of just its size. */
@@ -331,7 +320,7 @@ static int keep_form_locked(struct om_store *s, struct om_block *b, const struct
 	struct om_extent mem;
 	int code;
 
-	if (b->body->hash_known && !b->body->touched && b->body->hash != coded->hash)
+	if (b->body->hash_known && b->body->hash != coded->hash)
 		return om_err(OM_ECORRUPT,
 		              "block '%s': the bytes in memory differ from those stored: somebody "
 		              "wrote to a view that was for reading",
@@ -350,7 +339,6 @@ static int keep_form_locked(struct om_store *s, struct om_block *b, const struct
 		om_pool_free(&s->pool, &mem);
 		return code;
 	}
-	b->body->touched = false;
 	b->body->hash = coded->hash;
 	b->body->hash_known = b->body->verified = true;
 	return 0;
@@ -361,7 +349,6 @@ int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding
 {
 	struct om_extent scratch = { 0 };
 	struct om_coded coded = { 0 };
-	unsigned shares = b->body->shares;
 	int code = om_pack_loose_locked(s, b->group, om_encode_bound(b->nbytes), deadline_ns,
 	                                &scratch);
 
@@ -375,7 +362,7 @@ int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding
 	om_mutex_lock(&s->lock);
 	if (!code && s->closing)
 		code = om_err(OM_ECLOSED, "the store was closed meanwhile");
-	if (!code && coded.bytes && b->body->shares != shares)
+	if (!code && coded.bytes && b->body->touched)
 		code = om_err(OM_EBUSY, "block '%s' is shared for writing while it is encoded",
 		              b->name);
 	if (!code && coded.bytes)
@@ -400,7 +387,10 @@ int om_store_encode(struct om_store *s, const char *name, enum om_coding coding,
 	*ret_bytes = 0;
 	if (code)
 		return code;
-	code = om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
+	if (coding == OM_CODING_NONE)
+		code = om_err(OM_EVALUE, "block '%s': coding 0 would keep its bytes twice",
+		              b->name);
+	code = code ? code : om_fetch_lease_locked(s, &b, 1, deadline_ns, NULL);
 	if (code)
 		return om_store_leave_block(s, b, code);
 	if (b->body->writer || b->body->touched)

@@ -11,8 +11,7 @@
 #include "core/om_hash.h"
 #include "core/om_store_int.h"
 
-/* XXH3 of a LEAVING copy's bytes. The lock is given up meanwhile: a lease may rescue the copy. */
-static uint64_t hash_locked(struct om_store *s, struct om_block *b)
+uint64_t om_spill_hash_locked(struct om_store *s, struct om_block *b)
 {
 	uint64_t hash;
 
@@ -43,7 +42,7 @@ static bool drop_lower_copy_locked(struct om_store *s, struct om_block *b)
 	bool same;
 
 	om_block_leave_begin(b);
-	same = hash_locked(s, b) == b->body->hash;
+	same = om_spill_hash_locked(s, b) == b->body->hash;
 	if (b->host == OM_COPY_LEAVING && !same) {
 		om_room_drop_locked(s, b);
 	} else if (b->host == OM_COPY_LEAVING) {
@@ -284,7 +283,7 @@ int om_spill_locked(struct om_store *s, struct om_block *b)
 	om_block_leave_begin(b);
 	if (body->move) /* rescued while it was being written: the write goes on, with the same bytes */
 		return 0;
-	hash = hash_locked(s, b);
+	hash = om_spill_hash_locked(s, b);
 	if (leaves(b) && body->touched && settle_touched_locked(s, b, hash))
 		goto out;
 	if (leaves(b)) {

@@ -25,7 +25,7 @@ struct om_lease {
 	struct om_foreign *foreign; /* likewise */
 	void *data;
 	bool write, share;
-	unsigned shares;       /* block->body->shares when it was made */
+	unsigned turns;        /* block->body->turns when it was made, its own included */
 	struct om_list link;   /* block->holders */
 	struct om_lease *next; /* store->dropped */
 };
@@ -176,6 +176,9 @@ void om_shed_trim_locked(struct om_store *s, const struct om_group *g, uint64_t 
  * the same bytes), or no longer needed; OM_EBUSY: the disk has no room until leases go; or an error. The
  * lock is given up. */
 int om_spill_locked(struct om_store *s, struct om_block *b);
+/* XXH3 of the bytes in HOST, which are LEAVING or leased by the caller. The lock is given up meanwhile: a
+ * lease may rescue the one, and others may join the other. */
+uint64_t om_spill_hash_locked(struct om_store *s, struct om_block *b);
 /* Give the disk blocks of what is free in the swap file back, if that is much. False: it is not. The lock
  * is given up. */
 bool om_spill_shrink_locked(struct om_store *s);

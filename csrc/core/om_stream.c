@@ -38,8 +38,9 @@ struct om_stream {
 	bool opened;               /* the group counts this stream */
 	struct om_pattern pattern; /* of units that have streamed blocks */
 	struct om_stream_stats stats;
-	uint64_t read_bytes_before, decoded_bytes_before;
-	uint32_t *ahead; /* scratch: units foretold, in order */
+	uint64_t read_bytes_before, decoded_bytes_before, decode_ns_before;
+	uint64_t ring_bytes; /* that what is kept leaves */
+	uint32_t *ahead;     /* scratch: units foretold, in order */
 };
 
 static void unit_fini(struct unit *u)
@@ -122,6 +123,7 @@ int om_stream_create(struct om_store *s, const char *group, const struct om_stre
 		st->opened = true;
 		st->read_bytes_before = st->group->read_bytes;
 		st->decoded_bytes_before = st->group->decoded_bytes;
+		st->decode_ns_before = st->group->decode_ns;
 	}
 	om_mutex_unlock(&s->lock);
 	om_store_ref(s);
@@ -251,6 +253,31 @@ static void forget_block_locked(struct om_stream *st, struct om_block *b)
 	}
 }
 
+/* Bytes that are kept, or will be when all is loaded: plain blocks, and forms that were made. */
+static uint64_t kept_bytes(const struct om_stream *st)
+{
+	uint64_t bytes = 0;
+
+	for (size_t i = 0; i < st->count; i++) {
+		const struct unit *u = &st->units[i];
+
+		for (size_t k = 0; k < u->count; k++)
+			if (k >= u->streamed_count)
+				bytes += om_block_host_bytes(u->blocks[k]);
+			else if (u->forms[k])
+				bytes += u->forms[k]->block->body->mem.bytes;
+	}
+	return bytes;
+}
+
+/* May this form be kept as well, and the ring be as large as it has to be? */
+static bool has_room(const struct om_stream *st, const struct om_block *form)
+{
+	uint64_t limit = st->group->limit_bytes;
+
+	return !limit || kept_bytes(st) + om_block_host_bytes(form) + st->ring_bytes <= limit;
+}
+
 /* Read a block and encode it, unless it comes encoded. What would hardly be smaller is not kept. */
 static int load_encoded_locked(struct om_stream *st, struct unit *u, size_t k, uint64_t deadline_ns)
 {
@@ -263,13 +290,14 @@ static int load_encoded_locked(struct om_stream *st, struct unit *u, size_t k, u
 	if (code)
 		return code;
 	code = om_pack_encode_locked(st->store, b, coding_of(u, k), deadline_ns, &form);
-	if (form) {
+	if (form && has_room(st, form)) {
 		om_block_lease(form);
 		code = keep_form_locked(st, u, k, form);
-		om_block_unref(form);
 	} else if (!code) {
 		u->keep[k] = OM_KEEP_NOTHING;
+		om_pack_drop_locked(st->store, b);
 	}
+	om_block_unref(form);
 	om_fetch_unlease_locked(st->store, b);
 	forget_block_locked(st, b);
 	return code;
@@ -332,9 +360,21 @@ int om_stream_load(struct om_stream *st, uint64_t deadline_ns)
 	if (largest)
 		code = load_plain_locked(st, largest, deadline_ns);
 	code = code ? code : load_all_encoded_locked(st, deadline_ns);
+	if (largest) /* slots would be taken whole, by what is smaller and stays */
+		om_pool_trim(&s->pool, UINT64_MAX);
 	code = code ? code : load_plain_locked(st, 0, deadline_ns);
 	om_mutex_unlock(&s->lock);
 	return code;
+}
+
+int om_stream_reserve(struct om_stream *st, uint64_t ring_bytes)
+{
+	int code = om_store_enter(st->store);
+
+	if (code)
+		return code;
+	st->ring_bytes = ring_bytes;
+	return om_store_leave(st->store, 0);
 }
 
 /* ---- the ring ---- */
@@ -553,6 +593,7 @@ int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret)
 	*ret = st->stats;
 	ret->read_bytes = st->group->read_bytes - st->read_bytes_before;
 	ret->decoded_bytes = st->group->decoded_bytes - st->decoded_bytes_before;
+	ret->decode_ns = st->group->decode_ns - st->decode_ns_before;
 	ret->packed_bytes = 0;
 	for (size_t i = 0; i < st->count; i++)
 		for (size_t k = 0; k < st->units[i].streamed_count; k++)
@@ -560,6 +601,36 @@ int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret)
 				ret->packed_bytes += st->units[i].forms[k]->block->body->mem.bytes;
 	om_mutex_unlock(&st->store->lock);
 	return 0;
+}
+
+static void forget_form_locked(struct om_stream *st, struct unit *u, size_t k)
+{
+	struct om_block *form = u->forms[k] ? u->forms[k]->block : NULL;
+
+	if (!form)
+		return;
+	om_lease_unref(u->forms[k]);
+	u->forms[k] = NULL;
+	u->keep[k] = OM_KEEP_NOTHING;
+	om_store_drain_locked(st->store);
+	if (form == u->blocks[k]->body->packed)
+		om_pack_drop_locked(st->store, u->blocks[k]);
+	else
+		forget_block_locked(st, u->blocks[k]);
+}
+
+int om_stream_forget(struct om_stream *st, size_t unit)
+{
+	int code = check_unit(st, unit);
+
+	if (code || (code = om_store_enter(st->store)))
+		return code;
+	for (size_t k = 0; k < st->units[unit].streamed_count; k++)
+		if (om_block_has_origin(st->units[unit].blocks[k]))
+			forget_form_locked(st, &st->units[unit], k);
+	om_pool_trim_to(&st->store->pool, st->ring_bytes);
+	om_store_changed_locked(st->store);
+	return om_store_leave(st->store, 0);
 }
 
 static void let_leases_go(struct unit *u)

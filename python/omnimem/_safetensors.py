@@ -64,6 +64,8 @@ class TensorInfo:
     """First byte, counted from the start of the file."""
     nbytes: int
     """Length in bytes."""
+    encoded_nbytes: int | None = None
+    """Length in the file of its encoded form; None: its bytes are there as they are."""
 
 
 @dataclass(frozen=True)

@@ -114,14 +114,22 @@ class Streamed(Uncopied):
 
         `seconds_per_pass` is the larger of two times: reading the bytes of a decode pass at the
         rate measured so far (loading the residents counts), and the compute time of the last pass
-        (0 before the first one). None when nothing was read yet.
+        (0 before the first one) with decoding at the rate measured so far. Before anything was
+        measured: as it was planned.
         """
-        rate = self.stats()["read_bytes_per_second"]
-        if not rate:
+        stats = self.stats()
+        rate, decoding = stats["read_bytes_per_second"], stats["decode_bytes_per_second"]
+        if not rate or (self._plan.decode_bytes and not decoding):
             return self._plan
-        compute = max(self._pass_seconds - self._pass_stall, 0.0)
+        busy = max(self._pass_seconds - self._pass_stall, 0.0)
+        if self._plan.decode_bytes:
+            busy += self._plan.decode_bytes / decoding
         reading = self._plan.stream_bytes / rate
-        return dataclasses.replace(self._plan, seconds_per_pass=max(compute, reading))
+        return dataclasses.replace(
+            self._plan,
+            seconds_per_pass=max(busy, reading),
+            packed_bytes=stats["packed_bytes"],
+        )
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start.
@@ -130,6 +138,7 @@ class Streamed(Uncopied):
         one: what is fetched ahead counts in the pass before the one that uses it),
         `bytes_last_pass`, `seconds_last_pass`, `stall_seconds`,
         `stall_last_pass`, `read_bytes_per_second` (of the device while it reads), `enters`,
+        `packed_bytes` (memory of what stays encoded), `bytes_decoded`, `decode_bytes_per_second`,
         `hits` (streamed units whose bytes were there), `mispredicted`, `resident_bytes`,
         `used_bytes`, `peak_bytes`, `exported_bytes`, `io_backend`, `io_reason`.
         """
@@ -148,6 +157,11 @@ class Streamed(Uncopied):
             "stall_seconds": own["stall_seconds"],
             "stall_last_pass": self._pass_stall,
             "read_bytes_per_second": store.read_bytes / busy if busy else None,
+            "packed_bytes": own["packed_bytes"],
+            "bytes_decoded": own["decoded_bytes"],
+            "decode_bytes_per_second": (
+                own["decoded_bytes"] / own["decode_seconds"] if own["decode_seconds"] else None
+            ),
             "enters": own["enters"],
             "hits": own["hits"],
             "mispredicted": own["mispredicted"],

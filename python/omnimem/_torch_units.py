@@ -24,6 +24,8 @@ from omnimem.plan import Plan
 from omnimem.store import Store
 
 _group_numbers = itertools.count()
+_KEEP = {None: 0, "plain": 1, "fast": 2, "balanced": 3}
+"""As the core numbers what is kept of a block (`enum om_keep`)."""
 
 
 class Units(Uncopied):
@@ -48,7 +50,7 @@ class Units(Uncopied):
     def load(self, params: dict[str, nn.Parameter], files: checkpoint.Checkpoint) -> None:
         """Add the blocks, make the stream, and read what is resident."""
         plan = self._plan
-        self._store.group(self.group, max(plan.budget_bytes, plan.resident_bytes + plan.ring_bytes))
+        self._store.group(self.group, max(plan.budget_bytes, plan.memory_bytes))
         units, windows = [], []
         for unit in plan.units:
             blocks, views = [], []
@@ -58,13 +60,18 @@ class Units(Uncopied):
             for index, run in enumerate(unit.runs):
                 name = f"{self.group}/{unit.name}#{index}"
                 self._store.add_file(
-                    name, run.tensors[0].file, run.offset, run.nbytes, group=self.group
+                    name,
+                    run.tensors[0].file,
+                    run.offset,
+                    run.length,
+                    group=self.group,
+                    decoded_nbytes=run.nbytes if run.encoded else None,
                 )
                 names.append(name)
-                blocks.append((name, run.resident))
-                for tensor in run.tensors:
+                blocks.append((name, _KEEP[run.keep]))
+                for tensor, start in zip(run.tensors, run.starts, strict=True):
                     info = files.info(tensor.name)
-                    views.append((index, tensor.offset - run.offset, info.dtype, info.shape))
+                    views.append((index, start, info.dtype, info.shape))
                     mine[not run.resident].append(params[tensor.name])
             units.append((unit.name, blocks))
             windows.append(views)
@@ -72,6 +79,7 @@ class Units(Uncopied):
         self.stream = _core.Stream(self._store, self.group, units)
         for number, views in enumerate(windows):
             self.stream.set_windows(number, views)
+        self.stream.reserve(plan.ring_bytes)
         self.stream.load()
 
     def bind(self) -> None:
@@ -188,20 +196,20 @@ class Units(Uncopied):
 
     def copies(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         """Copies of what streams; nothing is read ahead, since nothing is read twice."""
-        for unit, names, (_, streamed) in zip(
-            self._plan.units, self.names, self.params, strict=True
+        for number, (unit, names, (_, streamed)) in enumerate(
+            zip(self._plan.units, self.names, self.params, strict=True)
         ):
             params = iter(streamed)
             for run, name in zip(unit.runs, names, strict=True):
                 if run.resident:
                     continue
                 with self._store.lease(name, timeout=self._timeout) as lease:
-                    for tensor in run.tensors:
+                    for start in run.starts:
                         param = next(params)
                         dtype = str(param.dtype).removeprefix("torch.")
-                        at = tensor.offset - run.offset
-                        yield param, from_dlpack(lease.window(at, dtype, param.shape)).clone()
+                        yield param, from_dlpack(lease.window(start, dtype, param.shape)).clone()
                 self._store.evict(name)
+            self.stream.forget(number)
 
     def unset_all(self) -> None:
         """Unset every parameter, resident ones too."""

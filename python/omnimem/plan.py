@@ -1,7 +1,7 @@
 """Planned streams: which bytes stay in memory, which pass through the ring.
 
 A dense model runs through its layers in a cycle, the worst case of any cache. So a fixed set of
-blocks stays resident and the rest streams through a ring of two units. The rules:
+blocks stays resident, plain or encoded, and the rest streams through a ring. The rules:
 
 - A unit larger than twice the median decoder layer (a tied head) always stays: the ring would need
   to hold it twice.
@@ -10,103 +10,26 @@ blocks stays resident and the rest streams through a ring of two units. The rule
 - Among equals, the streamed units are spread evenly by compute time, for which their bytes stand
   (decoding is bound by memory): the disk then works while the residents compute.
 - At most one unit is partly resident, cut at tensor boundaries, so that the budget fills.
+- Where bytes may be kept encoded, a pass takes the longer of computing and decoding, and reading:
+  what is encoded and what streams is chosen by that time, from measured rates.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from omnimem._plan_choice import Choice, Rates, choose, pass_seconds, ring_bytes
+from omnimem._plan_units import PAGE, PLAIN, Run, Tensor, UnitPlan, runs_of
 from omnimem.config import format_size
-from omnimem.errors import LimitError
 
-PAGE = 4096
-ALIGN = 64
-"""A block that stays begins on a cache line, where kernels are fastest (`om_block.h`)."""
+__all__ = ["PAGE", "Plan", "Rates", "Run", "Tensor", "UnitPlan", "make_plan", "uses_of"]
+
+CODINGS = ("fast", "balanced")
 _VISION = re.compile(r"(^|\.)(visual|vision\w*|image\w*|audio\w*)(\.|$)")
 _USES_PER_REQUEST = 64.0
 """Tokens that a request is expected to generate: any number well above one gives the same plan."""
-_TINY = 50
-"""A unit below this fraction of the largest streamed one costs more to read than to keep."""
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """Where one tensor's bytes are."""
-
-    name: str
-    file: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """Tensors that lie end to end in a file: one block of a store."""
-
-    tensors: tuple[Tensor, ...]
-    resident: bool
-
-    @property
-    def offset(self) -> int:
-        """First byte in the file."""
-        return self.tensors[0].offset
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return self.tensors[-1].offset + self.tensors[-1].nbytes - self.offset
-
-    @property
-    def host_bytes(self) -> int:
-        """Memory and I/O of the run: whole pages around it."""
-        first = self.offset // PAGE * PAGE
-        return max(-(-(self.offset + self.nbytes) // PAGE) * PAGE - first, PAGE)
-
-
-@dataclass(frozen=True)
-class UnitPlan:
-    """One unit: a decoder layer, a vision block, an embedding, ..."""
-
-    name: str
-    uses: float
-    """Expected uses per request."""
-    runs: tuple[Run, ...]
-    repeats: int = 1
-    """Uses in one pass: more than one where modules share its weights (a tied head)."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(run.nbytes for run in self.runs)
-
-    @property
-    def host_bytes(self) -> int:
-        """Memory of all its blocks."""
-        return sum(run.host_bytes for run in self.runs)
-
-    @property
-    def resident_bytes(self) -> int:
-        """Memory of its resident blocks."""
-        return sum(run.host_bytes for run in self.runs if run.resident)
-
-    @property
-    def streamed_bytes(self) -> int:
-        """Bytes read each time that it is used."""
-        return self.host_bytes - self.resident_bytes
-
-    @property
-    def pass_bytes(self) -> int:
-        """Bytes read in one pass that uses it."""
-        return self.streamed_bytes * self.repeats
-
-    @property
-    def decodes(self) -> bool:
-        """Is it used for every token?"""
-        return self.uses > self.repeats
 
 
 @dataclass(frozen=True)
@@ -117,21 +40,34 @@ class Plan:
     weight_bytes: int
     """Bytes of all weights."""
     resident_bytes: int
-    """Memory of what stays."""
+    """Memory of what stays as it is."""
     ring_bytes: int
-    """Memory of the ring: two of the largest streamed unit."""
+    """Memory of the ring: two of the largest streamed unit, where nothing is encoded."""
     stream_bytes: int
     """Bytes that one decode pass reads."""
     prefill_bytes: int
     """Bytes that a pass through every unit reads."""
     units: tuple[UnitPlan, ...] = field(repr=False)
+    packed_bytes: int = 0
+    """Memory of what stays encoded, as expected."""
+    decode_bytes: int = 0
+    """Plain bytes that one decode pass decodes, from memory or as they come from the disk."""
+    compression: str | None = None
+    """The coding of what stays encoded; None: nothing does."""
+    reason: str = ""
+    """What was chosen, and why."""
     seconds_per_pass: float | None = None
     """Of a decode pass, from measured rates; None before anything was measured."""
 
     @property
+    def memory_bytes(self) -> int:
+        """Memory of what stays and of the ring."""
+        return self.resident_bytes + self.packed_bytes + self.ring_bytes
+
+    @property
     def streams(self) -> bool:
-        """Does anything stream?"""
-        return self.prefill_bytes > 0
+        """Does anything pass through the ring?"""
+        return any(run.keep != PLAIN for unit in self.units for run in unit.runs)
 
 
 def uses_of(unit: str) -> float:
@@ -143,8 +79,10 @@ def make_plan(
     units: Iterable[tuple[str, Sequence[Tensor]]],
     budget_bytes: int,
     repeats: Mapping[str, int] | None = None,
+    compression: str | None = None,
+    rates: Rates | None = None,
 ) -> Plan:
-    """Choose the residents.
+    """Choose what stays.
 
     Parameters
     ----------
@@ -154,6 +92,11 @@ def make_plan(
         Memory for weights, ring included.
     repeats : mapping of str to int, optional
         Uses in one pass, of units that are used more than once.
+    compression : str, optional
+        "auto": what the rates say is fastest. "fast", "balanced": whatever is encoded so reads
+        less, faster or not. None: bytes are kept as they are.
+    rates : Rates, optional
+        What was measured; needed for any compression.
 
     Raises
     ------
@@ -162,150 +105,83 @@ def make_plan(
     """
     repeats = repeats or {}
     plans = [
-        UnitPlan(name, uses_of(name) * (times := repeats.get(name, 1)), _runs(tensors, None), times)
+        UnitPlan(
+            name,
+            uses_of(name) * (times := repeats.get(name, 1)),
+            runs_of(tensors, lambda _: PLAIN),
+            times,
+        )
         for name, tensors in units
     ]
+    choice = Choice(plans, 0.0, None)
+    reason = "everything fits as it is"
     if sum(unit.nbytes for unit in plans) > budget_bytes:
-        plans = _choose(plans, budget_bytes)
-    ring = 2 * max((unit.streamed_bytes for unit in plans), default=0)
-    return Plan(
-        budget_bytes=budget_bytes,
-        weight_bytes=sum(unit.nbytes for unit in plans),
-        resident_bytes=sum(unit.resident_bytes for unit in plans),
-        ring_bytes=ring,
-        stream_bytes=sum(unit.pass_bytes for unit in plans if unit.decodes),
-        prefill_bytes=sum(unit.pass_bytes for unit in plans),
-        units=tuple(plans),
+        choice, reason = _decide(plans, budget_bytes, compression, rates)
+    return _describe(choice, reason, budget_bytes, rates)
+
+
+def _decide(
+    units: list[UnitPlan], budget: int, compression: str | None, rates: Rates | None
+) -> tuple[Choice, str]:
+    without = choose(units, budget, rates, (), force=rates is None)
+    if compression is None or rates is None:
+        return without, "compression is off"
+    if compression != "auto":
+        return choose(
+            units, budget, rates, (compression,), force=True
+        ), f"{compression} is asked for"
+    best = choose(units, budget, rates, CODINGS, force=False)
+    if best.coding is None or best.cost >= without.cost:
+        return without, f"keeping bytes encoded would not be faster ({_measured(rates)})"
+    return best, (
+        f"{best.coding}: a request is expected to take {best.cost / without.cost:.0%} of what it "
+        f"takes with nothing kept encoded ({_measured(rates)})"
     )
 
 
-def _runs(tensors: Sequence[Tensor], resident: frozenset[str] | None) -> tuple[Run, ...]:
-    """Join tensors that lie end to end and share their fate (None: all resident).
-
-    Where one that stays would not begin on a cache line, a new run does.
-    """
-    runs: list[Run] = []
-    for tensor in sorted(tensors, key=lambda t: (t.file, t.offset)):
-        stays = resident is None or tensor.name in resident
-        last = runs[-1] if runs else None
-        if (
-            last
-            and last.resident == stays
-            and last.tensors[0].file == tensor.file
-            and last.offset + last.nbytes == tensor.offset
-            and (tensor.offset - last.offset) % (ALIGN if stays else 1) == 0
-        ):
-            runs[-1] = Run((*last.tensors, tensor), stays)
-        else:
-            runs.append(Run((tensor,), stays))
-    return tuple(runs)
+def _measured(rates: Rates) -> str:
+    decode = ", ".join(
+        f"{coding} {rate / 1e9:.1f} GB/s to {rates.share[coding]:.0%}"
+        for coding, rate in rates.decode.items()
+    )
+    return (
+        f"measured: disk {rates.read / 1e9:.2f} GB/s, computing {rates.compute / 1e9:.1f} GB/s, "
+        f"decoding {decode}"
+    )
 
 
-def _recut(unit: UnitPlan, resident: frozenset[str] | None) -> UnitPlan:
-    """The unit with other residents (None: all)."""
-    return replace(unit, runs=_runs(_tensors(unit), resident))
-
-
-def _tensors(unit: UnitPlan) -> tuple[Tensor, ...]:
-    return tuple(itertools.chain.from_iterable(run.tensors for run in unit.runs))
-
-
-def _median_layer(units: Sequence[UnitPlan]) -> float:
-    """Median size in the stack of numbered units that holds the most bytes."""
-    stacks: dict[str, list[int]] = {}
-    for unit in units:
-        stack, _, number = unit.name.rpartition(".")
-        if number.isdigit():
-            stacks.setdefault(stack, []).append(unit.host_bytes)
-    if not stacks:
-        return max(unit.host_bytes for unit in units)
-    return statistics.median(max(stacks.values(), key=sum))
-
-
-def _choose(units: list[UnitPlan], budget: int) -> list[UnitPlan]:
-    """The plan that reads least per request, over all sizes that the ring could have."""
-    giant = 2 * _median_layer(units)
-    sizes = sorted({unit.host_bytes for unit in units if unit.host_bytes <= giant})
-    best: tuple[float, list[UnitPlan]] | None = None
-    floor = None
-    for largest in sizes:
-        forced = {u.name for u in units if u.host_bytes > largest or u.host_bytes * _TINY < largest}
-        need = sum(u.host_bytes for u in units if u.name in forced) + 2 * largest
-        floor = need if floor is None else min(floor, need)
-        if need > budget:
-            continue
-        plans = _fill(units, forced, budget - need)
-        cost = sum(unit.streamed_bytes * unit.uses for unit in plans)
-        if best is None or cost < best[0]:
-            best = cost, plans
-    if best is None:
-        assert floor is not None
-        always = sum(unit.host_bytes for unit in units if unit.host_bytes > giant)
-        error = LimitError(
-            f"a budget of {budget} bytes ({format_size(budget)}) is below the least, {floor} bytes "
-            f"({format_size(floor)}): units that always stay ({format_size(always)}) and a ring of "
-            "two of the largest others; raise the budget"
-        )
-        error.need, error.limit, error.which = floor, budget, "budget"
-        raise error
-    return best[1]
-
-
-def _fill(units: list[UnitPlan], forced: set[str], room: int) -> list[UnitPlan]:
-    """Residents beside the forced ones, the most used first, within `room` bytes."""
-    streamed: set[str] = {unit.name for unit in units} - forced
-    partial: UnitPlan | None = None
-    for uses in sorted({unit.uses for unit in units}, reverse=True):
-        group = [u for u in units if u.uses == uses and u.name in streamed]
-        total = sum(unit.host_bytes for unit in group)
-        if total <= room:
-            room -= total
-            streamed -= {unit.name for unit in group}
-            continue
-        cycle = [unit for unit in units if unit.uses == uses]
-        chosen = _spread(cycle, group, room)
-        room -= sum(unit.host_bytes for unit in group if unit.name not in chosen)
-        streamed -= {unit.name for unit in group if unit.name not in chosen}
-        partial = _partly(next(unit for unit in reversed(group) if unit.name in chosen), room)
-        if partial.resident_bytes:
-            break
-    return [
-        partial
-        if partial and unit.name == partial.name
-        else _recut(unit, None if unit.name not in streamed else frozenset())
+def _describe(choice: Choice, reason: str, budget: int, rates: Rates | None) -> Plan:
+    units = choice.units
+    encoded = rates is not None and choice.coding != rates.encoded_as
+    decoded = [
+        run.nbytes * unit.repeats
         for unit in units
+        if unit.decodes
+        for run in unit.runs
+        if run.keep in CODINGS or (run.keep is None and run.encoded)
     ]
+    packed = sum(unit.packed_bytes for unit in units)
+    plan = Plan(
+        budget_bytes=budget,
+        weight_bytes=sum(unit.nbytes for unit in units),
+        resident_bytes=sum(unit.resident_bytes for unit in units),
+        ring_bytes=ring_bytes(units, encodes=encoded),
+        stream_bytes=sum(unit.pass_bytes for unit in units if unit.decodes),
+        prefill_bytes=sum(unit.pass_bytes for unit in units),
+        units=tuple(units),
+        packed_bytes=packed,
+        decode_bytes=sum(decoded),
+        compression=choice.coding if packed else None,
+        reason=reason,
+        seconds_per_pass=pass_seconds(units, rates, decode=True) if rates else None,
+    )
+    return plan
 
 
-def _spread(cycle: list[UnitPlan], group: list[UnitPlan], room: int) -> set[str]:
-    """The fewest units of `group` to stream, evenly placed in the time of the cycle."""
-    total = sum(unit.host_bytes for unit in group)
-    span = sum(unit.host_bytes for unit in cycle)
-    times = itertools.accumulate((unit.host_bytes for unit in cycle), initial=0)
-    starts = {unit.name: at for unit, at in zip(cycle, times, strict=False)}
-    first = starts[group[0].name]
-    starts = {name: (at - first) % span for name, at in starts.items()}
-    for count in range(1, len(group) + 1):
-        left = list(group)
-        chosen: set[str] = set()
-        for turn in range(count):
-            at = turn * span / count
-            nearest = min(left, key=lambda unit: abs(starts[unit.name] - at))
-            left.remove(nearest)
-            chosen.add(nearest.name)
-        if total - sum(unit.host_bytes for unit in group if unit.name in chosen) <= room:
-            return chosen
-    return {unit.name for unit in group}
-
-
-def _partly(unit: UnitPlan, room: int) -> UnitPlan:
-    """Keep as many bytes of a streamed unit as there is room for, at tensor boundaries."""
-    tensors = _tensors(unit)
-    best = _recut(unit, frozenset())
-    stay: frozenset[str] = frozenset()
-    for tensor in sorted(tensors, key=lambda t: -t.nbytes):
-        trial = _recut(unit, stay | {tensor.name})
-        if trial.resident_bytes <= room and trial.streamed_bytes <= best.streamed_bytes:
-            stay |= {tensor.name}
-            best = trial
-    return best
+def summary(plan: Plan) -> str:
+    """What stays and what streams, in one line."""
+    return (
+        f"{format_size(plan.resident_bytes)} plain, {format_size(plan.packed_bytes)} encoded, "
+        f"ring {format_size(plan.ring_bytes)}; a token reads {format_size(plan.stream_bytes)} and "
+        f"decodes {format_size(plan.decode_bytes)}; {plan.reason}"
+    )

@@ -312,6 +312,7 @@ def _close_all(owner: int = os.getpid()) -> None:
         return
     for store in list(_open_stores):
         store.close()
+    _core._collect_last()
 
 
 atexit.register(_close_all)

@@ -1,4 +1,4 @@
-"""Blocks encoded by a compression manager on their way out of memory.
+"""Blocks encoded on their way out of memory, by a compression manager or by omnimem's own codec.
 
 The core calls no Python: the thread that swaps takes the victims one by one, has them encoded, and
 hands the result over. `omnimem.block` has them decoded when they are wanted.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from omnimem.store import Store
 
-__all__ = ["CompressionManager", "encode_out"]
+__all__ = ["OWN", "CompressionManager", "encode_out"]
 
 log = logging.getLogger("omnimem.swap")
 
@@ -35,6 +35,20 @@ class CompressionManager(Protocol):
 
     def decompress(self, data: Buffer, /) -> Buffer:
         """The bytes that `compress` was given."""
+
+
+class _Own:
+    """omnimem's codec: a fixed-rate code that is faster than disks, for weights of any type."""
+
+    def compress(self, data: Buffer, /) -> Buffer:
+        coded = _core.encode(data, coding="fast")
+        return data if coded is None else coded
+
+    def decompress(self, data: Buffer, /) -> Buffer:
+        return _core.decode(data)
+
+
+OWN = _Own()  # the one that None stands for in `integrate_with_compression`
 
 
 def encode_out(store: Store, group: str, need: int, codec: int) -> tuple[int, int]:
@@ -84,6 +98,8 @@ def _encode(manager: CompressionManager, lease: _core.Lease) -> Any:
     """What the manager makes of a block, if it is worth it and gives back the same bytes."""
     packed: memoryview | None = None
     try:
+        if manager is OWN:  # it knows what is worth it, is given the dtype, and has its own tests
+            return _core.encode(lease, coding="fast")
         with memoryview(lease) as plain, memoryview(manager.compress(plain)) as made:
             packed = made.cast("B")
             if packed.nbytes > (1 - _LEAST_SAVED) * plain.nbytes:

@@ -12,6 +12,8 @@ stops who would read what is not there, and `_torch_streamed` is the handle, `mo
 from __future__ import annotations
 
 import os
+import statistics
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,16 +22,21 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from omnimem import checkpoint
+from omnimem._rates import measure
 from omnimem._torch_checks import check_fit, infos, main_dtype, refuse_cast, refuse_experts
 from omnimem._torch_streamed import Streamed
 from omnimem._torch_units import unset
 from omnimem._units import execution_order, unit_names
 from omnimem.config import StoreConfig, parse_size
 from omnimem.errors import FormatError
-from omnimem.plan import Tensor, make_plan
+from omnimem.plan import CODINGS, Plan, Rates, Tensor, make_plan
 from omnimem.store import Store
 
 __all__ = ["Streamed", "attach", "load"]
+
+_LITTLE = 32 << 20
+_SOME_RATE = 10e9
+"""Bytes per second, for types that torch does not multiply by a vector as they are."""
 
 
 def load(
@@ -38,6 +45,7 @@ def load(
     store: Store | None = None,
     *,
     dtype: torch.dtype | str | None = None,
+    compression: str | None = "auto",
     verify: str = "always",
     io_backend: str = "auto",
     timeout: float = 30.0,
@@ -54,6 +62,11 @@ def load(
         Share this store; by default the model has one of its own.
     dtype : torch.dtype, optional
         Only the checkpoint's own is possible: weights are used in place, without a cast.
+    compression : str, optional
+        Weights that do not fit may stay in memory encoded, without loss, and are decoded when they
+        are used. "auto": where that is faster than reading them, by rates that are measured first
+        (less than a second; not for less than 32 MiB a token). "fast", "balanced": as much as
+        saves reading, in that code, whatever it costs. None: not at all.
     verify, io_backend : str
         Of the model's own store (`StoreConfig`).
     timeout : float
@@ -115,7 +128,7 @@ def load(
             if name in files:
                 buffer.copy_(from_dlpack(files.read(name)))
         model.eval()
-        _attach(model, files, folder, nbytes, store, verify, io_backend, timeout)
+        _attach(model, files, folder, nbytes, store, compression, verify, io_backend, timeout)
     built: nn.Module = model
     return built
 
@@ -126,6 +139,7 @@ def attach(
     budget: int | str,
     store: Store | None = None,
     *,
+    compression: str | None = "auto",
     verify: str = "always",
     io_backend: str = "auto",
     timeout: float = 30.0,
@@ -138,9 +152,8 @@ def attach(
     folder = Path(model_dir)
     with checkpoint.open(folder) as files:
         refuse_experts(files, folder)
-        _attach(
-            model, files, folder, parse_size(budget, "budget"), store, verify, io_backend, timeout
-        )
+        nbytes = parse_size(budget, "budget")
+        _attach(model, files, folder, nbytes, store, compression, verify, io_backend, timeout)
     return model
 
 
@@ -155,16 +168,55 @@ def _repeats(
     return repeats
 
 
+def _worth_measuring(plan: Plan, compression: str) -> bool:
+    """Does a token read anything, and with "auto" enough to be worth the measuring?"""
+    return plan.stream_bytes > (_LITTLE if compression == "auto" else 0)
+
+
+def _measure(plan: Plan, files: checkpoint.Checkpoint, compression: str, io_backend: str) -> Rates:
+    tensors = [
+        tensor
+        for unit in plan.units
+        if unit.decodes and unit.streamed_bytes
+        for tensor in unit.tensors
+        if tensor.nbytes
+    ]
+    dtypes = [files.info(tensor.name).dtype for tensor in tensors]
+    codings = CODINGS if compression == "auto" else (compression,)
+    return measure(tensors, dtypes, codings, _compute_rate, io_backend=io_backend)
+
+
+def _compute_rate(store: Store, name: str, dtype: str) -> float:
+    """Bytes of weights per second in the product with one token."""
+    width = 1024
+    with store.lease(name) as lease, torch.inference_mode():
+        size = getattr(torch, dtype).itemsize
+        rows = memoryview(lease).nbytes // (width * size)
+        if not rows or not getattr(torch, dtype).is_floating_point or size == 1:
+            return _SOME_RATE
+        weights = from_dlpack(lease.window(0, dtype, (rows, width)))
+        token = torch.ones(1, width, dtype=weights.dtype)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            nn.functional.linear(token, weights)
+            times.append(time.perf_counter() - started)
+    return float(rows * width * size / statistics.median(times))
+
+
 def _attach(
     model: nn.Module,
     files: checkpoint.Checkpoint,
     folder: Path,
     budget: int,
     store: Store | None,
+    compression: str | None,
     verify: str,
     io_backend: str,
     timeout: float,
 ) -> None:
+    if compression not in (None, "auto", *CODINGS):
+        raise ValueError(f"compression is 'auto', 'fast', 'balanced' or None, not {compression!r}")
     if getattr(model, "omnimem", None) is not None:
         raise ValueError("this model streams already; call model.omnimem.detach() first")
     params = dict(model.named_parameters())
@@ -174,12 +226,17 @@ def _attach(
     grouped: dict[str, list[Tensor]] = {unit: [] for unit in order}
     for name, unit in units.items():
         info = files.info(name)
-        grouped[unit].append(Tensor(name, info.file, info.offset, info.nbytes))
+        grouped[unit].append(Tensor(name, info.file, info.offset, info.nbytes, info.encoded_nbytes))
     plan = make_plan(grouped.items(), budget, _repeats(model, params, units))
+    if compression is not None and _worth_measuring(plan, compression):
+        rates = _measure(plan, files, compression, io_backend)
+        plan = make_plan(
+            grouped.items(), budget, _repeats(model, params, units), compression, rates
+        )
     files.check_unchanged()
     own_store = None
     if store is None:
-        limit = max(budget, plan.resident_bytes + plan.ring_bytes, 1 << 20)
+        limit = max(budget, plan.memory_bytes, 1 << 20)
         store = own_store = Store(
             StoreConfig(host_limit=limit, disk_limit=0, verify=verify, io_backend=io_backend)
         )
