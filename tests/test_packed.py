@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import omnimem
 from omnimem import _core, _output, _packed_header, checkpoint, packed
 from omnimem._safetensors import DTYPES, HEADER_CAP
 from omnimem.errors import CorruptError, DiskFullError, Error, FormatError
@@ -200,14 +201,29 @@ def test_a_file_of_no_tensors(tmp_path: Path, header: str) -> None:
 def test_many_tensors_go_through_a_small_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More than the window takes, of sizes that differ: nothing waits for ever, in order."""
+    """Of sizes that differ: never more at work than may be, and nothing waits for ever."""
     dice = random.Random(5)
     tensors = [(f"t{at}", "BF16", [dice.choice([1, 30, 9000, 200_000])]) for at in range(200)]
     source = write(tmp_path / "x.safetensors", lay_out(tensors))
+    added = done = most = 0
+    real = checkpoint.add_tensor
+
+    def add_tensor(store: omnimem.Store, name: str, info: checkpoint.TensorInfo) -> None:
+        nonlocal added, most
+        added += info.nbytes
+        most = max(most, added - done)
+        real(store, name, info)
+
+    def progress(now: int, total: int) -> None:
+        nonlocal done
+        done = now
+
+    monkeypatch.setattr(checkpoint, "add_tensor", add_tensor)
     monkeypatch.setattr(packed, "_WINDOW", 300_000)
-    monkeypatch.setattr(packed, "_AHEAD", 5)
     monkeypatch.setattr(packed, "_SLACK", 8 << 20)
-    packed.pack(source, tmp_path / "p", threads=3)
+    packed.pack(source, tmp_path / "p", progress=progress, threads=3)
+    assert 400_000 < most <= 300_000 + 400_000
+    monkeypatch.setattr(packed, "_AHEAD", 5)
     packed.unpack(tmp_path / "p" / source.name, tmp_path / "u", threads=3)
     assert tree(tmp_path / "u") == {source.name: source.read_bytes()}
 
@@ -611,11 +627,15 @@ def test_what_encodes_wrongly_is_never_kept(
     assert not (tmp_path / "p").exists()
 
 
-def test_a_file_that_changes_meanwhile(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_a_file_that_changes_meanwhile(model: Path, tmp_path: Path, last: bool) -> None:
+    """While it is read, and after its last byte was read."""
     shard = model / "model.safetensors"
+    tensors = sum(nbytes_of(dtype, shape) for _, dtype, shape in WEIGHTS)
 
     def touch(done: int, total: int) -> None:
-        os.utime(shard, ns=(1, done + 1))
+        if done <= tensors and (done == tensors or not last):
+            os.utime(shard, ns=(1, done + 1))
 
     with pytest.raises(CorruptError, match="changed"):
         packed.pack(model, tmp_path / "p", progress=touch)
