@@ -142,8 +142,10 @@ def test_buffers_of_the_caller() -> None:
             with pytest.raises(CorruptError, match=f"{wrong} are wanted"):
                 _core.decode_into(memoryview(room)[:size], bytearray(wrong), check=checked)
     assert _core.encode_into(np.random.default_rng(1).bytes(PART), room) == 0
+    for less in (0, 100, size - 1, len(plain) // 2):  # what does not fit is not made
+        assert _core.encode_into(plain, bytearray(less), dtype="bfloat16", coding="balanced") == 0
     with pytest.raises(ValueError, match="room for 100"):
-        _core.encode_into(plain, bytearray(100))
+        _core.encode_into(plain, bytearray(100), coding="none")
     with pytest.raises(BufferError):
         _core.encode_into(plain, bytes(room))
 

@@ -519,16 +519,16 @@ def encode(data: _Data, dtype: str | None = None, coding: str = "auto") -> bytes
     """
 
 def encode_into(data: _Data, out: Buffer, dtype: str | None = None, coding: str = "auto") -> int:
-    """As `encode`, into the first bytes of `out`; returns how many, 0 for None.
+    """As `encode`, into the first bytes of `out`; returns how many, 0 for None or what does not fit.
 
     Raises
     ------
     ValueError
-        `out` has less than `encode_bound(nbytes)` bytes.
+        `out` has less than `encode_bound(nbytes)` bytes, with coding "none".
     """
 
 def encode_bound(nbytes: int, /) -> int:
-    """The bytes that `encode_into` needs room for."""
+    """The bytes that `encode_into` may need room for."""
 
 def decode(coded: Buffer, /) -> bytes:
     """The bytes that `encode` was given.
