@@ -519,7 +519,7 @@ def encode(data: _Data, dtype: str | None = None, coding: str = "auto") -> bytes
     """
 
 def encode_into(data: _Data, out: Buffer, dtype: str | None = None, coding: str = "auto") -> int:
-    """As `encode`, into the first bytes of `out`; returns how many, 0 for None or what does not fit.
+    """As `encode`, into the first bytes of `out`; returns how many. 0: None, or it does not fit.
 
     Raises
     ------
