@@ -391,13 +391,15 @@ static int await_spill_locked(struct om_store *s, struct om_block *b, uint64_t d
 int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding coding,
                           uint64_t most, uint64_t deadline_ns, struct om_block **ret)
 {
-	uint64_t room = OM_MIN(b->nbytes - b->nbytes / 20, most);
+	/* Encoding asks for room for the last part as it is. */
+	uint64_t slack = OM_MIN(OM_CODED_PART, UINT64_MAX - most);
+	uint64_t room = OM_MIN(b->nbytes - b->nbytes / 20 + OM_CODED_PART, most + slack);
 	struct om_extent mem = { 0 };
 	struct om_coded coded = { 0 };
 	int code;
 
 	*ret = NULL;
-	if (!room)
+	if (!most)
 		return 0;
 	code = await_spill_locked(s, b, deadline_ns);
 	code = code ? code : om_pack_loose_locked(s, b->group, room, deadline_ns, &mem);
