@@ -1,8 +1,9 @@
 """How small does the codec make weights, how fast, beside memcpy and general compressors?
 
 GB/s of plain bytes, by the time that the process takes of one core, and the ratio, for blocks of
-weights of several types, by each coding and each kind of instructions. What is decoded is compared with what went in every time.
-Needs neither root nor a model. Peers that are not installed are left out.
+weights of several types, by each coding and each kind of instructions. What is decoded is compared
+with what went in every time. Needs neither root nor a model. Peers that are not installed are left
+out.
 """
 
 from __future__ import annotations

@@ -6,6 +6,10 @@ resident baseline (plain transformers, weights copied to anonymous memory) has n
 take turns within a round; fio reads the same shard before and after. Numbers are medians over the
 rounds; a round whose resident baseline is over twice its median is reported and left out.
 
+`omnimem-off` keeps nothing encoded, `omnimem` what it finds faster (compression="auto"),
+`omnimem-fast` as much as saves reading; `omnimem-packed` is `omnimem` from a folder that
+`omnimem pack` made.
+
 Needs root, cgroup v1 with the memory controller, fio, torch, transformers, accelerate.
 """
 
@@ -46,7 +50,11 @@ from common import (
 )
 
 HEADROOM = 1_000_000_000
-CONTENDERS = ("resident", "plain", "accelerate", "prototype", "omnimem", "omnimem-first")
+CONTENDERS = (
+    "resident", "plain", "accelerate", "prototype", "omnimem-off", "omnimem", "omnimem-fast",
+    "omnimem-packed", "omnimem-first",
+)  # fmt: skip
+COMPRESSION = {"omnimem-off": None, "omnimem-first": None, "omnimem-fast": "fast"}
 PEERS = ("plain", "accelerate", "swap")
 
 
@@ -170,11 +178,14 @@ def contender(args: argparse.Namespace) -> Iterator[tuple[Any, Any, dict[str, An
         import omnimem.torch
 
         verify = "first" if name == "omnimem-first" else "always"
-        model = omnimem.torch.load(folder, budget=budget, verify=verify)
+        folder = packed_folder(folder) if name == "omnimem-packed" else folder
+        compression = COMPRESSION.get(name, "auto")
+        model = omnimem.torch.load(folder, budget=budget, compression=compression, verify=verify)
         handle = model.omnimem
         plan = handle.plan()
-        for field in ("weight_bytes", "resident_bytes", "ring_bytes", "stream_bytes",
-                      "prefill_bytes", "seconds_per_pass"):  # fmt: skip
+        for field in ("weight_bytes", "resident_bytes", "packed_bytes", "ring_bytes",
+                      "stream_bytes", "decode_bytes", "prefill_bytes", "seconds_per_pass",
+                      "compression", "reason"):  # fmt: skip
             facts[f"plan_{field}"] = getattr(plan, field, None)
 
         def bytes_read() -> int:
@@ -311,6 +322,36 @@ def read_per_pass(steps: list[int | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def bound(record: dict[str, Any], group: dict[str, Any], least: int) -> float | None:
+    """Seconds that a token takes at best: computing and decoding, or reading at fio's rate.
+
+    Computing takes what the resident baseline of the round took. What has to be read and decoded is
+    what omnimem planned; `least` for the others.
+    """
+    resident, fio, result = resident_time(group), group["fio_gb_s"], record["result"]
+    planned = result.get("plan_stream_bytes")
+    read = least if planned is None else planned
+    if not resident or (read and not fio):
+        return None
+    rate = result.get("stats", {}).get("decode_bytes_per_second")
+    decoding = result.get("plan_decode_bytes", 0) / rate if rate else 0.0
+    return float(max(resident + decoding, read / GB / fio if fio else 0.0))
+
+
+def packed_folder(folder: Path) -> Path:
+    """Where the packed form of a checkpoint lies."""
+    return folder.with_name(f"{folder.name}-packed")
+
+
+def ensure_packed(folder: Path) -> None:
+    """Pack the checkpoint, once."""
+    out = packed_folder(folder)
+    if not out.is_dir():
+        console.print(f"packing {folder} to {out}")
+        subprocess.run([sys.executable, "-m", "omnimem.cli", "pack", str(folder), str(out)],
+                       check=True)  # fmt: skip
+
+
 def summarise(groups: list[dict[str, Any]], names: list[str], shape: Shape) -> list[dict[str, Any]]:
     """Medians for each contender of one budget, over the rounds that count."""
     budget = groups[0]["budget_bytes"]
@@ -325,11 +366,14 @@ def summarise(groups: list[dict[str, Any]], names: list[str], shape: Shape) -> l
         pairs = [(r, g) for g in kept if (r := record_of(g, name))]
         good = [(r, g) for r, g in pairs if r["result"]]
         own = times[name]
-        ratios = []
+        ratios, gains = [], []
         for record, group in good:
-            resident, fio, mine = resident_time(group), group["fio_gb_s"], time_of(record)
-            if resident and mine and (fio or not least):
-                ratios.append(mine / max(resident, least / GB / fio if fio else 0.0))
+            at_best, mine = bound(record, group, least), time_of(record)
+            if at_best and mine:
+                ratios.append(mine / at_best)
+            off = time_of(record_of(group, "omnimem-off"))
+            if off and mine:
+                gains.append(off / mine)
         reads = [read_per_pass(r["result"]["bytes_decode"]) for r, _ in good]
         same = [same_output(r, g) for r, g in good]
         rows.append({
@@ -341,6 +385,9 @@ def summarise(groups: list[dict[str, Any]], names: list[str], shape: Shape) -> l
             "load_s": median(r["result"]["load_s"] for r, _ in good),
             "best_peer_over_this": min(peers) / own if peers and own else None,
             "over_bound": median(ratios),
+            "off_over_this": median(gains),
+            "packed_bytes": median(r["result"].get("plan_packed_bytes") for r, _ in good),
+            "decode_bytes": median(r["result"].get("plan_decode_bytes") for r, _ in good),
             "over_resident": own / times["resident"] if own and times.get("resident") else None,
             "identical": None if not same or None in same else all(same),
             "bytes_per_decode_pass": median(reads),
@@ -367,10 +414,12 @@ def show(share: float, groups: list[dict[str, Any]], rows: list[dict[str, Any]],
         "first token",
         "load",
         "best peer / this",
+        "off / this",
         "this / bound",
         "this / resident",
         "identical",
-        "GB read per pass (x least)",
+        "GB read per pass",
+        "GB decoded",
         "peak GB (allowed)",
     ]
     cells = []
@@ -378,15 +427,15 @@ def show(share: float, groups: list[dict[str, Any]], rows: list[dict[str, Any]],
         if not row["runs"]:
             cells.append([row["contender"], "failed", *["-"] * (len(head) - 2)])
             continue
-        read, least, peak = row["bytes_per_decode_pass"], row["bytes_least"], row["peak_bytes"]
+        read, peak, decoded = row["bytes_per_decode_pass"], row["peak_bytes"], row["decode_bytes"]
         allowed = row["peak_allowed_bytes"]
-        share_read = f" ({read / least:.3f})" if read is not None and least else ""
         same = {True: "yes", False: "NO", None: "-"}[row["identical"]]
         cells.append([
             row["contender"], fmt(row["seconds_per_token"], 3), fmt(row["ttft_s"], 2, " s"),
-            fmt(row["load_s"], 1, " s"), fmt(row["best_peer_over_this"]), fmt(row["over_bound"]),
-            fmt(row["over_resident"], 3), same,
-            "-" if read is None else f"{read / GB:.3f}{share_read}",
+            fmt(row["load_s"], 1, " s"), fmt(row["best_peer_over_this"]),
+            fmt(row["off_over_this"]), fmt(row["over_bound"]), fmt(row["over_resident"], 3), same,
+            "-" if read is None else f"{read / GB:.3f}",
+            "-" if decoded is None else f"{decoded / GB:.2f}",
             fmt(peak / GB if peak else None) + (f" ({allowed / GB:.2f})" if allowed else ""),
         ])  # fmt: skip
     show_table(title, head, cells, markdown=markdown)
@@ -432,6 +481,8 @@ def main() -> int:
     if unknown := sorted(set(names) - {*CONTENDERS, "swap"}):
         raise BenchError(f"unknown contenders {', '.join(unknown)}; known: {', '.join(CONTENDERS)}")
     ensure_model(args.dir)
+    if "omnimem-packed" in names:
+        ensure_packed(args.dir)
     shape = Shape(args.dir)
     shard = max(shards(args.dir), key=lambda path: path.stat().st_size)
     shares = [float(part) for part in args.budgets.split(",")]

@@ -31,6 +31,8 @@ struct om_block;
 struct om_lease;
 struct om_ticket;
 struct om_stream;
+struct om_bank;
+struct om_chunk;
 
 /* What a block's bytes mean; remembered, never interpreted by the core. DLPack type codes. */
 struct om_desc {
@@ -430,7 +432,8 @@ struct om_stream_unit {
 struct om_stream_stats {
 	uint64_t enters, hits; /* of units with streamed blocks: entered, bytes were there */
 	uint64_t packed_bytes; /* of forms that are kept */
-	uint64_t decoded_bytes, decode_ns; /* plain bytes that were decoded, once they were there */
+	uint64_t decoded_bytes; /* plain bytes that were decoded */
+	uint64_t timed_bytes, timed_ns; /* of these, all but the first time of each block; how long it took */
 	uint64_t stall_ns;                 /* waited in enter */
 	uint64_t read_bytes;               /* of this stream's fills, supersets included */
 	uint64_t mispredicted;             /* enters that the recorded order did not foretell */
@@ -464,6 +467,100 @@ struct om_lease *om_stream_lease(struct om_stream *st, size_t unit, size_t block
 int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret);
 /* Lets all its leases go and forgets. Views keep their bytes. */
 void om_stream_free(struct om_stream *st);
+
+/* ---- pools ---- */
+
+/* A bank: memory without names that one device has, cut into chunks of any size. Its limit is no
+ * reservation: addresses are taken ahead, pages come as they are touched, and those of free ranges go back to
+ * the system, 2 MiB at a time. */
+struct om_bank_config {
+	const char *name; /* in messages; copied */
+	uint64_t limit_bytes;
+	bool locked; /* out of the kernel's swap (mlock) */
+	/* What nobody has used goes back to the system after half as long at least, as long at most, on
+	 * the thread that calls om_bank_decay. 0: at once. */
+	uint64_t decay_ns;
+	/* Above this fragmentation (see om_bank_stats): at once, too. */
+	double most_fragmented;
+};
+#define OM_BANK_GRANULE   UINT64_C(256)       /* of chunks; their least alignment */
+#define OM_BANK_MAX_ALIGN (UINT64_C(2) << 20) /* the largest */
+
+int om_bank_create(const struct om_bank_config *config, struct om_bank **ret);
+/* Every later call returns OM_ECLOSED. What has a view stays valid until the last one goes. *ret_chunks and
+ * *ret_bytes (asked for): what nobody had freed. Idempotent: then 0 of both. */
+int om_bank_close(struct om_bank *b, uint64_t *ret_chunks, uint64_t *ret_bytes);
+void om_bank_ref(struct om_bank *b);
+void om_bank_unref(struct om_bank *b); /* any thread; the last one closes */
+
+/* A chunk of at least `bytes` at a multiple of `align` (a power of two to OM_BANK_MAX_ALIGN). Its content is
+ * whatever the last user left, or zeros. `label` (NULL: none) is copied, for reports. OM_ELIMIT with
+ * the details: more than the limit, or no free range is large enough (the text tells which). */
+int om_bank_alloc(struct om_bank *b, uint64_t bytes, uint64_t align, const char *label,
+                  struct om_chunk **ret);
+/* The same, but OM_EAGAIN (no error is set) where there is no room: for callers that make some. */
+int om_bank_try(struct om_bank *b, uint64_t bytes, uint64_t align, const char *label,
+                struct om_chunk **ret);
+/* The chunk is gone for the caller; its bytes stay as long as there are views. OM_EVALUE: a chunk of another
+ * bank, or freed before (as long as its record was not used again). */
+int om_bank_free(struct om_bank *b, struct om_chunk *c);
+/* Is there something for om_bank_decay to do? Never waits. */
+bool om_bank_due(const struct om_bank *b);
+/* Give back what nobody has used for so long. Who allocates and frees calls it when it is due: nobody else does. */
+int om_bank_decay(struct om_bank *b);
+/* Give all pages of free ranges back now; *ret_bytes: how much. */
+int om_bank_trim(struct om_bank *b, uint64_t *ret_bytes);
+/* Another limit. Below what is held: nothing is taken away, and nothing more is given until enough is
+ * freed. */
+int om_bank_set_limit(struct om_bank *b, uint64_t limit_bytes);
+
+/* A reference to the bytes of a chunk, for a consumer. It counts as a use. OM_EVALUE once it is freed. */
+int om_chunk_view_ref(struct om_chunk *c);
+/* Any thread, without the GIL, after close, at exit: atomic decrements and, at zero, a push to a lock-free
+ * list; of a closed bank, the last one unmaps. */
+void om_chunk_view_unref(struct om_chunk *c);
+/* A place for the binding, NULL at first; the core never reads it. Its user serialises. */
+void **om_chunk_face(struct om_chunk *c);
+
+/* Of a chunk that is not freed; the caller sees to that. */
+struct om_chunk_state {
+	void *data;
+	uint64_t bytes, held;         /* asked for; taken from the limit */
+	uint64_t serial;              /* number of its allocation in this bank, from 1 */
+	uint64_t created_ns, used_ns; /* clock of om_now(), to a few milliseconds */
+	uint64_t uses;                /* allocation, and each view */
+	unsigned views;
+	const char *label; /* NULL: none; valid until it is freed */
+};
+void om_chunk_state(struct om_chunk *c, struct om_chunk_state *ret);
+void *om_chunk_data(const struct om_chunk *c);
+uint64_t om_chunk_bytes(const struct om_chunk *c);
+/* The chunk with that number, or NULL. */
+int om_bank_find(struct om_bank *b, uint64_t serial, struct om_chunk **ret);
+/* All chunks that are not freed, the one used longest ago first, as one om_alloc'ed array. */
+int om_bank_chunks(struct om_bank *b, struct om_chunk ***ret, size_t *ret_count);
+/* Chunks that, freed together, make room for `bytes` in one piece, the one used longest ago first, as one
+ * om_alloc'ed array (NULL: there is room): the oldest that has no view, then the older of those at the two
+ * ends of the hole that this gives, until it fits. Chunks that lie together were mostly used together, so
+ * that hardly any is young, and hardly a byte is left over. OM_ELIMIT: no chunks without views do. */
+int om_bank_victims(struct om_bank *b, uint64_t bytes, uint64_t align, struct om_chunk ***ret,
+                    size_t *ret_count);
+
+struct om_bank_stats {
+	uint64_t limit_bytes;
+	uint64_t used_bytes, peak_used_bytes; /* asked for */
+	uint64_t held_bytes, peak_held_bytes; /* in granules; of chunks freed under a view, too */
+	uint64_t freed_bytes;                 /* of these: freed, held by views */
+	uint64_t exported_bytes;              /* with a view */
+	uint64_t mapped_bytes;                /* pages that were handed out and did not go back */
+	uint64_t free_bytes;                  /* limit - held */
+	uint64_t largest_bytes;               /* of these, in one piece */
+	double fragmentation;                 /* 1 - largest / free; 0 when nothing is free */
+	uint64_t chunks, allocs, frees, fails;
+};
+int om_bank_stats(struct om_bank *b, struct om_bank_stats *ret);
+/* Whether all sums and lists agree. OM_ECORRUPT naming the first that does not. */
+int om_bank_check(struct om_bank *b);
 
 /* ---- a policy for bytes that somebody else keeps ---- */
 
@@ -525,12 +622,13 @@ int om_pressure_trend(struct om_pressure *p);
 
 /* Room that om_encode needs for `nbytes`. */
 uint64_t om_encode_bound(uint64_t nbytes);
-/* Encode `nbytes` of elements like `desc` into `ret` (`room` bytes, at least om_encode_bound). Where `desc` is
+/* Encode `nbytes` of elements like `desc` into `ret`, of `room` bytes. Where `desc` is
  * NULL, unknown, of no type that the codec has or not worth it, a sample of each part decides what its bytes
  * are taken for. *ret_bytes: how long the result is; 0: less than 5 % would be saved, which a sample
- * tells in most cases, and nothing in `ret` is of use; never with NONE. The result, a frame, depends on the
+ * tells in most cases, or it would not fit in less room than om_encode_bound, and nothing in `ret` is of use;
+ * never with NONE, for which less room is OM_EVALUE. The result, a frame, depends on the
  * bytes, `desc` and `coding` alone, not on the processor. Frames may follow each other without a gap.
- * OM_EVALUE: no such coding, too little room. */
+ * OM_EVALUE: no such coding. */
 int om_encode(const void *data, uint64_t nbytes, const struct om_desc *desc, enum om_coding coding,
               void *ret, uint64_t room, uint64_t *ret_bytes);
 /* What om_encode made, a frame or several end to end: *ret_nbytes plain bytes in all, and how (the densest

@@ -1,4 +1,4 @@
-"""omnimem.cli: exit codes, one line for an error, synth, run and demo."""
+"""omnimem.cli: exit codes, one line for an error, synth, pack, run and demo."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert omnimem.__version__ in capsys.readouterr().out
-    for words in (["--help"], ["run", "--help"], ["synth", "-h"], ["demo", "--help"]):
+    for words in (["--help"], ["run", "--help"], ["synth", "-h"], ["demo", "--help"],
+                  ["pack", "-h"], ["unpack", "-h"]):  # fmt: skip
         assert main(words) == 0
         assert "Usage: omnimem" in capsys.readouterr().out
 
@@ -67,6 +68,11 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         ["synth", "--preset", "3b", "x"],
         ["synth", "--preset", "tiny"],
         ["demo", "--preset", "tiny-llama"],
+        ["pack", "x"],
+        ["pack", "x", "y", "--coding", "zip"],
+        ["pack", "x", "y", "--threads", "0"],
+        ["unpack", "x"],
+        ["unpack", "x", "y", "--coding", "fast"],
         ["--verbose"],
     ],
 )
@@ -164,6 +170,46 @@ def test_synth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "omnimem_synth.json").unlink()
     assert main(["synth", "--preset", "tiny", str(place)]) == 1
     assert "was not made here" in capsys.readouterr().err
+
+
+# ---- pack and unpack ----
+
+
+@needs_models
+@pytest.mark.parametrize("words", [[], ["--coding", "fast"], ["--threads", "1"]])
+def test_pack_and_unpack(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    small, again = tmp_path / "small", tmp_path / "again"
+    assert main(["pack", str(tiny), str(small), *words]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{small}: 5.29 MiB in 3.")
+    assert "times smaller" in out
+    assert err == ""
+    assert main(["unpack", str(small), str(again)]) == 0
+    assert "SHA-256 as packed" in capsys.readouterr().out
+    names = sorted(path.name for path in tiny.iterdir() if path.is_file())
+    assert sorted(path.name for path in again.iterdir()) == names
+    for name in names:
+        assert (again / name).read_bytes() == (tiny / name).read_bytes()
+
+
+@needs_models
+def test_pack_refuses_in_one_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tmp_path / "small"
+    assert main(["pack", str(tmp_path / "gone"), str(small)]) == 1
+    assert "gone: no such file or folder" in error_line(capsys)
+    assert main(["unpack", str(tiny), str(small)]) == 1
+    assert "nothing to unpack" in error_line(capsys)
+    assert main(["pack", str(tiny), str(small)]) == 0
+    capsys.readouterr()
+    assert main(["pack", str(small), str(tmp_path / "smaller")]) == 1
+    assert "is packed already" in error_line(capsys)
+    assert main(["pack", str(tiny), str(small)]) == 1
+    assert "is not empty" in error_line(capsys)
+    assert not (tmp_path / "smaller").exists()
 
 
 # ---- demo ----

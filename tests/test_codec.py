@@ -142,8 +142,10 @@ def test_buffers_of_the_caller() -> None:
             with pytest.raises(CorruptError, match=f"{wrong} are wanted"):
                 _core.decode_into(memoryview(room)[:size], bytearray(wrong), check=checked)
     assert _core.encode_into(np.random.default_rng(1).bytes(PART), room) == 0
+    for less in (0, 100, size - 1, len(plain) // 2):  # what does not fit is not made
+        assert _core.encode_into(plain, bytearray(less), dtype="bfloat16", coding="balanced") == 0
     with pytest.raises(ValueError, match="room for 100"):
-        _core.encode_into(plain, bytearray(100))
+        _core.encode_into(plain, bytearray(100), coding="none")
     with pytest.raises(BufferError):
         _core.encode_into(plain, bytes(room))
 
@@ -162,6 +164,52 @@ def test_refused() -> None:
             _core.decode(wrong)
         with pytest.raises(CorruptError):
             _core.coded_info(wrong)
+
+
+def test_stored() -> None:
+    """Coding "none": bytes that nothing makes smaller, and no bytes at all."""
+    for plain in (b"", b"x", bytes(range(256)) * 3000, weights("bfloat16", PART)):
+        coded = _core.encode(plain, "bfloat16", "none")
+        assert coded is not None
+        assert len(coded) == _core.encode_bound(len(plain))
+        assert _core.coded_info(coded) == (len(plain), "none")
+        assert _core.decode(coded) == plain
+        _core._coded_compare(coded, plain)
+
+
+def test_frames_follow_each_other() -> None:
+    parts = [weights("bfloat16", PART + 2, 1), b"", weights("bfloat16", 2 * PART, 2), b"end"]
+    codings = ["fast", "none", "balanced", "none"]
+    frames = [_core.encode(p, "bfloat16", c) for p, c in zip(parts, codings, strict=True)]
+    coded = b"".join(frame or b"" for frame in frames)
+    plain = b"".join(parts)
+    assert _core.coded_info(coded) == (len(plain), "balanced")
+    assert _core.decode(coded) == plain
+    for wrong in (coded + b"\0", coded[:-1], coded[len(frames[0] or b"") - 1 :]):
+        with pytest.raises(CorruptError):
+            _core.coded_info(wrong)
+        with pytest.raises(CorruptError):
+            _core.decode(wrong)
+    first = frames[0] or b""
+    _core.decode_into(first, bytearray(len(parts[0])), check=False)
+    with pytest.raises(CorruptError, match="the first frame has"):
+        _core.decode_into(coded, bytearray(len(parts[0])), check=False)
+
+
+def test_compare() -> None:
+    plain = weights("bfloat16", 6 * PART)
+    for coding in ("none", "fast", "balanced"):
+        coded = _core.encode(plain, "bfloat16", coding) or b""
+        _core._coded_compare(coded, plain)
+        for at in (0, 4 * PART - 1, len(plain) - 1):
+            other = bytearray(plain)
+            other[at] ^= 1
+            with pytest.raises(CorruptError, match="others are decoded"):
+                _core._coded_compare(coded, other)
+        with pytest.raises(CorruptError, match="plain ones, not"):
+            _core._coded_compare(coded, plain[:-1])
+        with pytest.raises(CorruptError, match="plain ones, not"):
+            _core._coded_compare(coded + coded, plain)
 
 
 @pytest.mark.parametrize("coding", ["fast", "balanced"])

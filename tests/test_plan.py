@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from omnimem import LimitError
-from omnimem.plan import PAGE, Plan, Tensor, UnitPlan, make_plan, uses_of
+from omnimem.plan import PAGE, Plan, Rates, Tensor, UnitPlan, make_plan, uses_of
 
 Units = list[tuple[str, list[Tensor]]]
 KIB = 1 << 10
@@ -281,3 +282,118 @@ def test_tied_head_stays_first() -> None:
     assert unit.streamed_bytes == 60 * PAGE
     assert others == 550 * PAGE  # what it leaves free is not left empty
     assert plan.stream_bytes == plan.prefill_bytes == others + 2 * unit.streamed_bytes
+
+
+# -- what is kept encoded
+
+
+RATES = Rates(read=2e9, compute=16e9, decode={"fast": 20e9, "balanced": 8e9},
+              share={"fast": 0.7, "balanced": 0.66})  # fmt: skip
+
+
+def encoded(units: Units, share: float = 0.66) -> Units:
+    """The same units as a packed checkpoint has them."""
+    made, at = [], 100
+    for name, tensors in units:
+        mine = []
+        for tensor in tensors:
+            length = int(tensor.nbytes * share)
+            mine.append(Tensor(tensor.name, "packed", at, tensor.nbytes, length))
+            at += length
+        made.append((name, mine))
+    return made
+
+
+def layers(count: int = 28, nbytes: int = 8 << 20) -> Units:
+    half = nbytes // 2
+    sizes = [("model.embed_tokens", [6 * nbytes])]
+    sizes += [(f"model.layers.{number}", [half, nbytes - half]) for number in range(count)]
+    return lay_out(sizes)
+
+
+def seconds(plan: Plan) -> float:
+    assert plan.seconds_per_pass is not None
+    return plan.seconds_per_pass
+
+
+@settings(deadline=None, max_examples=40)
+@given(models(), st.sampled_from(["auto", "fast", "balanced"]), st.booleans(), st.data())
+def test_plans_with_compression(
+    units: Units, compression: str, packed: bool, data: st.DataObject
+) -> None:
+    total = weights(units)
+    units = encoded(units) if packed else units
+    rates = replace(RATES, encoded_as="balanced" if packed else None)
+    budget = data.draw(st.integers(total // 4, total))
+    try:
+        plain = make_plan(units, budget, rates=rates)
+    except LimitError:
+        assume(False)
+    plan = make_plan(units, budget, compression=compression, rates=rates)
+    for unit, (_, tensors) in zip(plan.units, units, strict=True):
+        placed = [tensor for run in unit.runs for tensor in run.tensors]
+        assert sorted(t.name for t in placed) == sorted(t.name for t in tensors)
+        for run in unit.runs:
+            assert run.starts[0] == 0
+            assert run.starts[-1] + run.tensors[-1].nbytes == run.nbytes
+            assert run.keep in (None, "plain", plan.compression)
+            assert run.resident == (run.keep == "plain")
+    assert plan.weight_bytes == total
+    assert plan.packed_bytes == sum(unit.packed_bytes for unit in plan.units)
+    assert (plan.compression is None) == (plan.packed_bytes == 0)
+    if budget < total:
+        assert plan.memory_bytes <= budget
+    if compression == "auto":  # never slower than without, by the rates it was given
+        every = sum(unit.streamed_bytes * unit.uses for unit in plan.units)
+        assert seconds(plan) <= seconds(plain) * 1.001 or every < cost(plain)
+    else:
+        assert cost(plan) <= cost(plain)
+
+
+@pytest.mark.parametrize("coding", ["fast", "balanced"])
+def test_what_is_forced_reads_nothing_where_it_fits(coding: str) -> None:
+    units = layers()
+    fits = 6 * (8 << 20) + 28 * 0.72 * (8 << 20) + 2 * (8 << 20) + (1 << 20)
+    plan = make_plan(units, int(fits), compression=coding, rates=RATES)
+    assert (plan.stream_bytes, plan.compression) == (0, coding)
+    assert plan.decode_bytes > 0
+    assert coding in plan.reason
+
+
+def test_auto_streams_on_a_fast_disk_and_encodes_on_a_slow_one() -> None:
+    units = layers()
+    budget = weights(units) * 85 // 100
+    fast = make_plan(units, budget, compression="auto", rates=replace(RATES, read=50e9))
+    assert fast.compression is None
+    assert "would not be faster" in fast.reason
+    slow = make_plan(units, budget, compression="auto", rates=replace(RATES, read=0.2e9))
+    assert slow.compression == "fast"
+    assert slow.stream_bytes == 0
+    between = make_plan(units, budget, compression="auto", rates=replace(RATES, read=2e9))
+    assert between.compression == "fast"
+    assert 0 < between.stream_bytes < fast.stream_bytes
+    assert seconds(between) < min(
+        seconds(make_plan(units, budget, rates=RATES)),
+        seconds(make_plan(units, budget, compression="fast", rates=RATES)),
+    )
+    for text in ("disk 2.00 GB/s", "fast 20.0 GB/s to 70%", "of what it takes"):
+        assert text in between.reason
+
+
+def test_slow_decoding_is_not_chosen() -> None:
+    units = layers()
+    rates = replace(RATES, decode={"fast": 0.3e9, "balanced": 0.2e9})
+    plan = make_plan(units, weights(units) * 2 // 3, compression="auto", rates=rates)
+    assert plan.compression is None
+
+
+def test_a_packed_checkpoint_reads_its_forms() -> None:
+    units = encoded(layers())
+    rates = replace(RATES, encoded_as="balanced")
+    plan = make_plan(units, weights(units) // 3, rates=rates)
+    plain = make_plan(layers(), weights(units) // 3, rates=RATES)
+    assert plan.stream_bytes < 0.75 * plain.stream_bytes
+    assert plan.decode_bytes > 0
+    # One unit as it is, and two forms: what is decoded now, and what is read meanwhile.
+    passing = max(unit.passing_bytes for unit in plan.units)
+    assert plan.ring_bytes == passing + 2 * max(unit.ahead_bytes for unit in plan.units)

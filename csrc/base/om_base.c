@@ -45,12 +45,22 @@ void om_free(void *p)
 	free(p);
 }
 
-uint64_t om_now(void)
+static uint64_t read_clock(clockid_t clock)
 {
 	struct timespec ts;
 
-	clock_gettime(CLOCK_MONOTONIC, &ts);
+	clock_gettime(clock, &ts);
 	return (uint64_t)ts.tv_sec * OM_NSEC + (uint64_t)ts.tv_nsec;
+}
+
+uint64_t om_now(void)
+{
+	return read_clock(CLOCK_MONOTONIC);
+}
+
+uint64_t om_now_coarse(void)
+{
+	return read_clock(CLOCK_MONOTONIC_COARSE);
 }
 
 uint64_t om_deadline(uint64_t timeout_ns)

@@ -52,6 +52,8 @@ void om_free(void *p);
 
 /* CLOCK_MONOTONIC, nanoseconds. */
 uint64_t om_now(void);
+/* The same to a few milliseconds, in a fraction of the time. */
+uint64_t om_now_coarse(void);
 /* now + timeout, saturating; timeout UINT64_MAX means for ever. */
 uint64_t om_deadline(uint64_t timeout_ns);
 

@@ -152,6 +152,23 @@ PyObject *py_block_of(struct py_core *core, struct om_block *b);
 /* Has the bytes of a block decoded that is there only encoded; takes over one reference. */
 int py_block_unpack(struct py_core *core, struct om_block *b);
 
+/* Pools (py_pools.c). A bank of the core with its device's name; each of its blocks' objects holds one reference,
+ * so that blocks outlive the object that they came from. */
+struct py_bank {
+	struct om_bank *b;
+	size_t refs;
+	PyObject *device; /* str */
+	bool locked;
+};
+struct py_bank *py_bank_ref(struct py_bank *bank);
+void py_bank_unref(struct py_bank *bank);
+/* The object of a chunk, which is not freed (py_block.c). */
+PyObject *py_chunk_face(struct py_bank *bank, struct om_chunk *c);
+/* The chunk of a pool's block: 0; ValueError when it has none, or is of no pool. *ret_bank is borrowed. */
+int py_chunk_of(PyObject *block, struct py_bank **ret_bank, struct om_chunk **ret);
+/* The chunk is freed: its object, if there is one, has no bytes from now on. */
+void py_chunk_gone(struct om_chunk *c);
+
 /* Giving memory back (py_swap.c). */
 PyObject *py_store_swap_out(PyObject *, PyObject *);
 PyObject *py_store_victim(PyObject *, PyObject *);
@@ -170,6 +187,7 @@ PyObject *py_decode(PyObject *, PyObject *);
 PyObject *py_decode_into(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_coded_info(PyObject *, PyObject *);
 PyObject *py_encode_bound(PyObject *, PyObject *);
+PyObject *py_coded_compare(PyObject *, PyObject *);
 PyObject *py_codec_use(PyObject *, PyObject *);
 
 /* simulate (py_simulate.c), memory (py_pressure.c). */
@@ -181,6 +199,7 @@ PyObject *py_memory(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 /* A typed view of a lease's bytes. The pointers belong to the caller. */
 struct py_view {
 	struct om_lease *lease;
+	struct om_chunk *chunk; /* instead of a lease */
 	char *data;
 	struct om_dl_type type;
 	int ndim;
@@ -217,9 +236,10 @@ int py_window_check(uint64_t block_nbytes, uint64_t offset, struct om_dl_type ty
                     const int64_t *shape, const int64_t *strides, uint64_t *ret_nbytes);
 
 extern PyType_Spec py_store_spec, py_lease_spec, py_window_spec, py_ticket_spec, py_stream_spec,
-	py_pressure_spec, py_block_spec, py_ranking_spec, py_cache_spec;
+	py_pressure_spec, py_block_spec, py_ranking_spec, py_cache_spec, py_pools_spec;
 extern PyTypeObject *py_store_type, *py_lease_type, *py_window_type, *py_ticket_type,
-	*py_stream_type, *py_pressure_type, *py_block_type, *py_ranking_type, *py_cache_type;
+	*py_stream_type, *py_pressure_type, *py_block_type, *py_ranking_type, *py_cache_type,
+	*py_pools_type;
 
 /* Casts a METH_FASTCALL | METH_KEYWORDS function for a method table. */
 #define PY_FAST(function) ((PyCFunction)(void (*)(void))(function))

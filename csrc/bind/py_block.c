@@ -5,6 +5,9 @@
  * Made on demand, one for a block as long as somebody holds it: the core's record points back to it, and
  * the GIL guards that pointer. It holds the record and no bytes: each buffer and each export leases
  * them anew. One that a user built has no record behind it (`b` is NULL) and no bytes.
+ *
+ * A pool's block has a chunk instead, from allocate to deallocate, and then only its number and size. It holds no
+ * bytes either: who drops it without deallocating leaves the chunk allocated.
  */
 #include "bind/py_bind.h"
 
@@ -14,7 +17,10 @@ PyTypeObject *py_block_type;
 
 struct py_block {
 	PyObject_HEAD struct py_core *core;
-	struct om_block *b; /* NULL: unbound */
+	struct om_block *b;    /* NULL: unbound, or a pool's */
+	struct py_bank *bank;  /* a pool's */
+	struct om_chunk *c;    /* NULL: freed */
+	uint64_t serial, size; /* once it is freed */
 };
 
 /* The class that is made for blocks (a subclass of _core.Block), and who decodes one that is encoded:
@@ -65,6 +71,10 @@ static void block_dealloc(PyObject *self)
 		om_block_unref(o->b);
 		py_core_unref(o->core);
 	}
+	if (o->c)
+		*om_chunk_face(o->c) = NULL;
+	if (o->bank)
+		py_bank_unref(o->bank);
 	((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
 	Py_DECREF(type);
 }
@@ -76,8 +86,149 @@ static struct py_block *bound(PyObject *self)
 	if (o->b)
 		return o;
 	PyErr_SetString(PyExc_BufferError,
-	                "this block is a record without memory: register it to get some");
+	                o->bank ? "a pool's block cannot be swapped, pinned or encoded"
+	                        : "this block is a record without memory: register it to get some");
 	return NULL;
+}
+
+/* ---- chunks of pools ---- */
+
+PyObject *py_chunk_face(struct py_bank *bank, struct om_chunk *c)
+{
+	struct py_block *o = *om_chunk_face(c);
+
+	if (o)
+		return Py_NewRef((PyObject *)o);
+	o = (struct py_block *)PyType_GenericAlloc(
+		made_type ? (PyTypeObject *)made_type : py_block_type, 0);
+	if (!o)
+		return NULL;
+	o->bank = py_bank_ref(bank);
+	o->c = c;
+	*om_chunk_face(c) = o;
+	return (PyObject *)o;
+}
+
+void py_chunk_gone(struct om_chunk *c)
+{
+	struct py_block *o = *om_chunk_face(c);
+	struct om_chunk_state st;
+
+	if (!o)
+		return;
+	om_chunk_state(c, &st);
+	o->serial = st.serial;
+	o->size = st.bytes;
+	o->c = NULL;
+	*om_chunk_face(c) = NULL;
+}
+
+static PyObject *chunk_name(const struct py_block *o)
+{
+	struct om_chunk_state st = { .serial = o->serial };
+
+	if (o->c)
+		om_chunk_state(o->c, &st);
+	return PyUnicode_FromFormat("%U:%llu", o->bank->device, (unsigned long long)st.serial);
+}
+
+static int chunk_gone_error(const struct py_block *o, PyObject *class)
+{
+	PyObject *name = chunk_name(o);
+
+	if (name)
+		PyErr_Format(class,
+		             "block '%U' has no memory: it was deallocated, or its pool was closed",
+		             name);
+	Py_XDECREF(name);
+	return -1;
+}
+
+int py_chunk_of(PyObject *block, struct py_bank **ret_bank, struct om_chunk **ret)
+{
+	struct py_block *o = (struct py_block *)block;
+
+	if (om_unlikely(!PyObject_TypeCheck(block, py_block_type))) {
+		PyErr_Format(PyExc_TypeError, "block must be a MemoryBlock, not %R",
+		             Py_TYPE(block));
+		return -1;
+	}
+	if (om_unlikely(!o->bank)) {
+		PyErr_Format(PyExc_ValueError, "%R is no pool's block: allocate made none like it",
+		             block);
+		return -1;
+	}
+	if (om_unlikely(!o->c))
+		return chunk_gone_error(o, PyExc_ValueError);
+	*ret_bank = o->bank;
+	*ret = o->c;
+	return 0;
+}
+
+/* The chunk with one more view; NULL with BufferError or ClosedError. */
+static struct om_chunk *view_chunk(struct py_block *o)
+{
+	int code;
+
+	if (!o->c) {
+		chunk_gone_error(o, PyExc_BufferError);
+		return NULL;
+	}
+	code = om_chunk_view_ref(o->c);
+	if (code)
+		py_raise(code);
+	return code ? NULL : o->c;
+}
+
+static int chunk_getbuffer(struct py_block *o, Py_buffer *view, int flags)
+{
+	struct om_chunk *c = view_chunk(o);
+
+	view->obj = NULL;
+	if (!c)
+		return -1;
+	if (PyBuffer_FillInfo(view, (PyObject *)o, om_chunk_data(c), (Py_ssize_t)om_chunk_bytes(c),
+	                      0, flags)) {
+		om_chunk_view_unref(c);
+		return -1;
+	}
+	view->internal = c;
+	return 0;
+}
+
+static PyObject *chunk_dlpack(struct py_block *o, PyObject *const *args, Py_ssize_t nargs,
+                              PyObject *kwnames)
+{
+	struct om_chunk *c = view_chunk(o);
+	PyObject *capsule;
+	int64_t shape;
+
+	if (!c)
+		return NULL;
+	shape = (int64_t)om_chunk_bytes(c);
+	capsule = py_export_args(&(struct py_view){ .chunk = c,
+	                                            .data = om_chunk_data(c),
+	                                            .type = { OM_DL_UINT, 8, 1 },
+	                                            .ndim = 1,
+	                                            .shape = &shape,
+	                                            .writable = true },
+	                         args, nargs, kwnames);
+	om_chunk_view_unref(c);
+	return capsule;
+}
+
+static PyObject *chunk_state(const struct py_block *o)
+{
+	struct om_chunk_state st = { .bytes = o->size };
+
+	if (o->c)
+		om_chunk_state(o->c, &st);
+	return Py_BuildValue("(KddKKOIiOOOOOz)", (unsigned long long)st.bytes,
+	                     (double)st.created_ns / 1e9, (double)st.used_ns / 1e9,
+	                     (unsigned long long)st.uses, (unsigned long long)(uintptr_t)st.data,
+	                     Py_None, st.views, 0, o->c ? Py_True : Py_False,
+	                     o->bank->locked ? Py_True : Py_False, Py_False, Py_False,
+	                     o->bank->device, st.label);
 }
 
 int py_block_unpack(struct py_core *core, struct om_block *b)
@@ -137,9 +288,13 @@ static bool writable(const struct py_block *o, const struct om_lease *l)
 
 static int block_getbuffer(PyObject *self, Py_buffer *view, int flags)
 {
-	struct py_block *o = bound(self);
-	struct om_lease *l = o ? lease_bytes(o) : NULL;
+	struct py_block *o = (struct py_block *)self;
+	struct om_lease *l;
 
+	if (o->bank)
+		return chunk_getbuffer(o, view, flags);
+	o = bound(self);
+	l = o ? lease_bytes(o) : NULL;
 	view->obj = NULL;
 	if (!l)
 		return -1;
@@ -154,8 +309,12 @@ static int block_getbuffer(PyObject *self, Py_buffer *view, int flags)
 	return 0;
 }
 
-static void block_releasebuffer(PyObject *Py_UNUSED(self), Py_buffer *view)
+static void block_releasebuffer(PyObject *self, Py_buffer *view)
 {
+	if (((struct py_block *)self)->bank) {
+		om_chunk_view_unref(view->internal);
+		return;
+	}
 	om_lease_view_unref(view->internal);
 	py_collect();
 }
@@ -163,12 +322,16 @@ static void block_releasebuffer(PyObject *Py_UNUSED(self), Py_buffer *view)
 static PyObject *block_dlpack(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
                               PyObject *kwnames)
 {
-	struct py_block *o = bound(self);
-	struct om_lease *l = o ? lease_bytes(o) : NULL;
+	struct py_block *o = (struct py_block *)self;
+	struct om_lease *l;
 	PyObject *capsule;
 	struct py_view v;
 	int64_t bytes_shape;
 
+	if (o->bank)
+		return chunk_dlpack(o, args, nargs, kwnames);
+	o = bound(self);
+	l = o ? lease_bytes(o) : NULL;
 	if (!l)
 		return NULL;
 	v = py_lease_view(l, &bytes_shape);
@@ -181,22 +344,25 @@ static PyObject *block_dlpack(PyObject *self, PyObject *const *args, Py_ssize_t 
 /* ---- what a block is ---- */
 
 /* (nbytes, created, accessed: seconds of the monotonic clock, accesses, address or 0, offset in the
- * swap file or None, leases, tag, named, pinned, swapped, blank). */
+ * swap file or None, leases, tag, named, pinned, swapped, blank, device, label or None). */
 static PyObject *block_state(PyObject *self, PyObject *Py_UNUSED(unused))
 {
 	struct py_block *o = (struct py_block *)self;
 	struct om_block_state st;
 	PyObject *offset;
 
+	if (o->bank)
+		return chunk_state(o);
 	if (!o->b)
 		return Py_NewRef(Py_None);
 	om_block_state(o->core->s, o->b, &st);
 	offset = st.on_disk ? PyLong_FromUnsignedLongLong(st.disk_offset) : Py_NewRef(Py_None);
-	return Py_BuildValue(
-		"(KddKKNIiNNNN)", (unsigned long long)st.nbytes, (double)st.created_ns / 1e9,
-		(double)st.accessed_ns / 1e9, (unsigned long long)st.accesses,
-		(unsigned long long)st.data, offset, st.leases, st.tag, PyBool_FromLong(st.named),
-		PyBool_FromLong(st.pinned), PyBool_FromLong(st.swapped), PyBool_FromLong(st.blank));
+	return Py_BuildValue("(KddKKNIiNNNNsO)", (unsigned long long)st.nbytes,
+	                     (double)st.created_ns / 1e9, (double)st.accessed_ns / 1e9,
+	                     (unsigned long long)st.accesses, (unsigned long long)st.data, offset,
+	                     st.leases, st.tag, PyBool_FromLong(st.named),
+	                     PyBool_FromLong(st.pinned), PyBool_FromLong(st.swapped),
+	                     PyBool_FromLong(st.blank), "cpu", Py_None);
 }
 
 static PyObject *block_mark(PyObject *self, PyObject *args)
@@ -276,6 +442,8 @@ static PyObject *get_name(PyObject *self, void *Py_UNUSED(unused))
 {
 	struct py_block *o = (struct py_block *)self;
 
+	if (o->bank)
+		return chunk_name(o);
 	return o->b ? PyUnicode_FromString(om_block_name(o->b)) : Py_NewRef(Py_None);
 }
 

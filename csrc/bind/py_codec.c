@@ -17,14 +17,16 @@ static int read_coding(PyObject *o, enum om_coding *ret)
 	if (!name)
 		return -1;
 	*ret = OM_CODING_FAST;
-	if (!strcmp(name, "balanced"))
-		*ret = OM_CODING_BALANCED;
-	else if (strcmp(name, "auto") && strcmp(name, "fast")) {
-		PyErr_Format(PyExc_ValueError,
-		             "coding '%s' is unknown: 'auto', 'fast' or 'balanced'", name);
-		return -1;
-	}
-	return 0;
+	if (!strcmp(name, "auto"))
+		return 0;
+	for (int i = OM_CODING_NONE; i <= OM_CODING_BALANCED; i++)
+		if (!strcmp(name, codings[i])) {
+			*ret = (enum om_coding)i;
+			return 0;
+		}
+	PyErr_Format(PyExc_ValueError,
+	             "coding '%s' is unknown: 'auto', 'fast', 'balanced' or 'none'", name);
+	return -1;
 }
 
 /* What is to be encoded, and how. */
@@ -159,6 +161,10 @@ static int decode_unchecked(const Py_buffer *in, const Py_buffer *out)
 	struct om_coded c = { 0 };
 	int code = om_coded_open(in->buf, (uint64_t)in->len, &c);
 
+	if (!code && c.bytes != (uint64_t)in->len)
+		code = om_err(OM_ECORRUPT,
+		              "encoded bytes: %llu are given, and the first frame has %llu",
+		              (unsigned long long)in->len, (unsigned long long)c.bytes);
 	if (!code && c.nbytes != (uint64_t)out->len)
 		code = om_err(OM_ECORRUPT, "encoded bytes: of %llu plain ones, %llu are wanted",
 		              (unsigned long long)c.nbytes, (unsigned long long)out->len);
@@ -187,6 +193,40 @@ PyObject *py_decode_into(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
 		      : decode_unchecked(&in, &out);
 	Py_END_ALLOW_THREADS PyBuffer_Release(&in);
 	PyBuffer_Release(&out);
+	return code ? py_raise(code) : Py_NewRef(Py_None);
+}
+
+/* Is `in` one frame, of these bytes? The core's code; without the GIL. */
+static int compare(const Py_buffer *in, const struct py_data *data)
+{
+	struct om_coded c = { 0 };
+	int code = om_coded_open(in->buf, (uint64_t)in->len, &c);
+
+	if (!code && (c.bytes != (uint64_t)in->len || c.nbytes != data->nbytes))
+		code = om_err(OM_ECORRUPT,
+		              "encoded bytes: %llu of %llu plain ones, not %llu of %llu",
+		              (unsigned long long)c.bytes, (unsigned long long)c.nbytes,
+		              (unsigned long long)in->len, (unsigned long long)data->nbytes);
+	return code ? code : om_coded_compare(&c, data->data);
+}
+
+PyObject *py_coded_compare(PyObject *Py_UNUSED(module), PyObject *args)
+{
+	PyObject *coded, *plain;
+	struct py_data data;
+	Py_buffer in;
+	int code;
+
+	if (!PyArg_ParseTuple(args, "OO:_coded_compare", &coded, &plain) ||
+	    PyObject_GetBuffer(coded, &in, PyBUF_SIMPLE))
+		return NULL;
+	if (py_data_init(&data, plain, true)) {
+		PyBuffer_Release(&in);
+		return NULL;
+	}
+	Py_BEGIN_ALLOW_THREADS code = compare(&in, &data);
+	Py_END_ALLOW_THREADS py_data_fini(&data);
+	PyBuffer_Release(&in);
 	return code ? py_raise(code) : Py_NewRef(Py_None);
 }
 

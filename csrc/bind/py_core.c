@@ -270,6 +270,8 @@ static PyMethodDef functions[] = {
 	{ "decode_into", PY_FAST(py_decode_into), PY_FAST_FLAGS,
 	  "decode_into($module, /, coded, out, check=True)\n--\n\nAs decode, into a buffer of just that "
 	  "size." },
+	{ "_coded_compare", py_coded_compare, METH_VARARGS,
+	  "_coded_compare(coded, data, /)\n--\n\nCorruptError unless coded decodes to data." },
 	{ "coded_info", py_coded_info, METH_O,
 	  "coded_info(coded, /)\n--\n\n(plain bytes, coding) of what encode made." },
 	{ "_codec_use", py_codec_use, METH_O,
@@ -296,6 +298,7 @@ static const struct {
 	{ "Block", &py_block_spec, &py_block_type },
 	{ "Ranking", &py_ranking_spec, &py_ranking_type },
 	{ "Cache", &py_cache_spec, &py_cache_type },
+	{ "Pools", &py_pools_spec, &py_pools_type },
 };
 #define TYPES (sizeof(types) / sizeof(types[0]))
 

@@ -20,7 +20,8 @@ struct export
 		struct om_dl_managed legacy;
 		struct om_dl_managed_versioned versioned;
 	} managed;
-	struct om_lease *lease; /* view reference; NULL: `copy` is ours */
+	struct om_lease *lease; /* view reference; or `chunk` has one, or `copy` is ours */
+	struct om_chunk *chunk;
 	void *copy;
 	int64_t dims[]; /* shape, then strides */
 };
@@ -29,6 +30,8 @@ static void drop(struct export *e)
 {
 	if (e->lease)
 		om_lease_view_unref(e->lease);
+	if (e->chunk)
+		om_chunk_view_unref(e->chunk);
 	free(e->copy);
 	free(e);
 }
@@ -62,7 +65,8 @@ static void *copy_view(const struct py_view *v, uint64_t nbytes)
 
 	if (posix_memalign(&copy, COPY_ALIGN, nbytes ? nbytes : 1)) {
 		PyErr_Format(PyExc_MemoryError, "no memory for a copy of %llu bytes of block '%s'",
-		             (unsigned long long)nbytes, om_lease_name(v->lease));
+		             (unsigned long long)nbytes,
+		             v->lease ? om_lease_name(v->lease) : "of a pool");
 		return NULL;
 	}
 	for (int i = 0; v->strides && i < v->ndim; i++)
@@ -132,6 +136,7 @@ PyObject *py_export(const struct py_view *v, bool versioned, bool copy)
 	if (!e)
 		return PyErr_NoMemory();
 	e->lease = NULL;
+	e->chunk = NULL;
 	e->copy = NULL;
 	if (!py_dtype_nbytes(v->type, v->ndim, v->shape, &nbytes)) {
 		free(e);
@@ -144,6 +149,14 @@ PyObject *py_export(const struct py_view *v, bool versioned, bool copy)
 			free(e);
 			return NULL;
 		}
+	} else if (v->chunk) {
+		int code = om_chunk_view_ref(v->chunk);
+
+		if (code) {
+			free(e);
+			return py_raise(code);
+		}
+		e->chunk = v->chunk;
 	} else {
 		e->lease = v->lease;
 		om_lease_view_ref(v->lease);

@@ -487,13 +487,14 @@ static PyObject *stream_stats(PyObject *self, PyObject *Py_UNUSED(unused))
 	code = om_stream_stats(o->st, &s);
 	if (code)
 		return py_raise(code);
-	return Py_BuildValue("{sKsKsdsKsKsKsKsd}", "enters", (unsigned long long)s.enters, "hits",
+	return Py_BuildValue("{sKsKsdsKsKsKsKsKsd}", "enters", (unsigned long long)s.enters, "hits",
 	                     (unsigned long long)s.hits, "stall_seconds", (double)s.stall_ns / 1e9,
 	                     "read_bytes", (unsigned long long)s.read_bytes, "mispredicted",
 	                     (unsigned long long)s.mispredicted, "packed_bytes",
 	                     (unsigned long long)s.packed_bytes, "decoded_bytes",
-	                     (unsigned long long)s.decoded_bytes, "decode_seconds",
-	                     (double)s.decode_ns / 1e9);
+	                     (unsigned long long)s.decoded_bytes, "timed_bytes",
+	                     (unsigned long long)s.timed_bytes, "timed_seconds",
+	                     (double)s.timed_ns / 1e9);
 }
 
 static PyObject *stream_reserve(PyObject *self, PyObject *ring)

@@ -14,67 +14,13 @@
  *
  * Thread rule: the caller serialises. Failures leave the arena as it was.
  */
-#include "core/om_arena.h"
+#include "core/om_arena_int.h"
 
 #include <errno.h>
 #include <inttypes.h>
 #include <string.h>
 
-#include "base/om_base.h"
-#include "base/om_error.h"
-
-#define NIL         0u
-#define STEP_BITS   5
-#define STEPS       (1u << STEP_BITS) /* classes a level */
-#define MAX_SCAN    8                 /* holes looked at before the sure class */
-#define MIN_RECORDS 16u
-#define MAX_RECORDS (1u << 31)
-#define MAX_SIZE    (UINT64_C(1) << 63) /* bytes; keeps every sum of two sizes in 64 bits */
-
-struct record {
-	uint64_t at;     /* first granule */
-	uint64_t n : 63; /* granules; 0: the sentinel or an unused record */
-	uint64_t used : 1;
-	uint32_t below, above; /* neighbours by address, through the sentinel */
-	uint32_t prev, next;   /* hole: its class; allocation: next in its bucket; unused: next */
-};
-
-struct level {
-	uint32_t bitmap; /* classes that are not empty */
-	uint32_t head[STEPS];
-};
-
-struct om_arena {
-	unsigned shift;             /* log2 of the granule */
-	uint64_t size, used, count; /* granules, granules, allocations */
-	uint64_t bitmap;            /* levels that are not empty */
-	struct level *levels;       /* as many as a hole of `size` needs */
-	unsigned level_count;
-	struct record *records;
-	uint32_t *buckets;     /* record_count of them; by offset */
-	uint32_t record_count; /* a power of two */
-	uint32_t fresh;        /* records from here on were never used */
-	uint32_t unused;       /* chain of records given back */
-	uint32_t unused_count;
-};
-
 /* ---- size classes ---- */
-
-static unsigned log2_of(uint64_t n)
-{
-	return 63 - (unsigned)__builtin_clzll(n);
-}
-
-/* The class that a hole of n > 0 granules belongs to. */
-static unsigned class_of(uint64_t n)
-{
-	unsigned top;
-
-	if (n < STEPS)
-		return (unsigned)n;
-	top = log2_of(n);
-	return (top - STEP_BITS + 1) * STEPS + ((n >> (top - STEP_BITS)) & (STEPS - 1));
-}
 
 /* The first class whose every hole has at least n granules. */
 static unsigned sure_class(uint64_t n)
@@ -104,11 +50,6 @@ static unsigned next_class(const struct om_arena *a, unsigned from)
 		return 0;
 	level = (unsigned)__builtin_ctzll(higher);
 	return level * STEPS + (unsigned)__builtin_ctz(a->levels[level].bitmap);
-}
-
-static uint32_t *class_head(const struct om_arena *a, unsigned class)
-{
-	return &a->levels[class / STEPS].head[class % STEPS];
 }
 
 static void hole_link(struct om_arena *a, uint32_t i)
@@ -149,30 +90,12 @@ static void hole_unlink(struct om_arena *a, uint32_t i)
 
 /* ---- allocations by offset ---- */
 
-static uint32_t *bucket_of(const struct om_arena *a, uint64_t at)
-{
-	uint64_t hash = at * UINT64_C(0x9e3779b97f4a7c15);
-
-	return &a->buckets[(hash >> 32) & (a->record_count - 1)];
-}
-
 static void bucket_link(struct om_arena *a, uint32_t i)
 {
 	uint32_t *bucket = bucket_of(a, a->records[i].at);
 
-	a->records[i].used = 1;
 	a->records[i].next = *bucket;
 	*bucket = i;
-}
-
-/* The link that points at the allocation at granule `at`, or at NIL. */
-static uint32_t *bucket_find(const struct om_arena *a, uint64_t at)
-{
-	uint32_t *link = bucket_of(a, at);
-
-	while (*link && a->records[*link].at != at)
-		link = &a->records[*link].next;
-	return link;
 }
 
 /* ---- records ---- */
@@ -188,8 +111,8 @@ static int records_reserve(struct om_arena *a, uint32_t n)
 	if (count >= MAX_RECORDS)
 		return om_err(-ENOMEM, "arena: %" PRIu32 " records are in use", count);
 	count = count ? 2 * count : MIN_RECORDS;
-	buckets = om_alloc(count, sizeof(*buckets));
-	if (!buckets)
+	buckets = a->by_handle ? NULL : om_alloc(count, sizeof(*buckets));
+	if (!buckets && !a->by_handle)
 		return -ENOMEM;
 	records = om_realloc(a->records, count, sizeof(*records));
 	if (!records) {
@@ -201,7 +124,7 @@ static int records_reserve(struct om_arena *a, uint32_t n)
 	a->buckets = buckets;
 	a->records = records;
 	a->record_count = count;
-	for (uint32_t i = 1; i < a->fresh; i++)
+	for (uint32_t i = 1; i < a->fresh && !a->by_handle; i++)
 		if (records[i].used)
 			bucket_link(a, i);
 	return 0;
@@ -260,7 +183,7 @@ static int levels_reserve(struct om_arena *a, uint64_t size)
 
 /* ---- the contract ---- */
 
-int om_arena_create(uint64_t size, uint64_t granule, struct om_arena **ret)
+static int create(uint64_t size, uint64_t granule, bool by_handle, struct om_arena **ret)
 {
 	struct om_arena *a;
 	int code;
@@ -273,6 +196,7 @@ int om_arena_create(uint64_t size, uint64_t granule, struct om_arena **ret)
 	if (!a)
 		return -ENOMEM;
 	a->shift = log2_of(granule);
+	a->by_handle = by_handle;
 	code = levels_reserve(a, 0);
 	if (!code)
 		code = records_reserve(a, 1);
@@ -286,6 +210,16 @@ int om_arena_create(uint64_t size, uint64_t granule, struct om_arena **ret)
 	}
 	*ret = a;
 	return 0;
+}
+
+int om_arena_create(uint64_t size, uint64_t granule, struct om_arena **ret)
+{
+	return create(size, granule, false, ret);
+}
+
+int om_arena_create_by_handle(uint64_t size, uint64_t granule, struct om_arena **ret)
+{
+	return create(size, granule, true, ret);
 }
 
 void om_arena_destroy(struct om_arena *a)
@@ -307,12 +241,14 @@ static uint64_t pad_of(const struct record *r, uint64_t align)
 /* A hole for n granules at a multiple of `align` granules, or NIL. */
 static uint32_t find_hole(const struct om_arena *a, uint64_t n, uint64_t align)
 {
-	unsigned class = next_class(a, class_of(n)), seen = 0;
+	unsigned own = class_of(n), class = next_class(a, own), seen = 0;
 	uint32_t best = NIL;
 
 	for (; class && !best && seen < MAX_SCAN; class = next_class(a, class + 1)) {
 		uint32_t i = *class_head(a, class);
 
+		if (class > own && align == 1) /* whichever: they differ by 1/32 at most */
+			return i;
 		for (; i && seen < MAX_SCAN; i = a->records[i].next, seen++) {
 			const struct record *r = &a->records[i];
 
@@ -330,9 +266,10 @@ static uint32_t find_hole(const struct om_arena *a, uint64_t n, uint64_t align)
 	return class ? *class_head(a, class) : NIL;
 }
 
-/* Turn [pad, pad + n) of hole i into an allocation. */
-static int carve(struct om_arena *a, uint32_t i, uint64_t pad, uint64_t n, uint64_t *ret_offset)
+/* Turn [pad, pad + n) of hole *at into an allocation, whose record *at is then. */
+static int carve(struct om_arena *a, uint32_t *at, uint64_t pad, uint64_t n)
 {
+	uint32_t i = *at;
 	uint64_t tail = a->records[i].n - pad - n;
 	int code = records_reserve(a, (pad > 0) + (tail > 0));
 
@@ -340,19 +277,19 @@ static int carve(struct om_arena *a, uint32_t i, uint64_t pad, uint64_t n, uint6
 		return code;
 	hole_unlink(a, i);
 	if (pad) {
-		uint64_t at = a->records[i].at + pad;
+		uint64_t from = a->records[i].at + pad;
 
 		a->records[i].n = pad;
 		hole_link(a, i);
-		i = record_take(a, at, n, a->records[i].above);
+		i = record_take(a, from, n, a->records[i].above);
 	}
 	a->records[i].n = n;
 	if (tail)
 		hole_link(a, record_take(a, a->records[i].at + n, tail, a->records[i].above));
-	bucket_link(a, i);
+	a->records[i].used = 1;
 	a->used += n;
 	a->count++;
-	*ret_offset = a->records[i].at << a->shift;
+	*at = i;
 	return 0;
 }
 
@@ -362,10 +299,11 @@ static uint64_t granules(const struct om_arena *a, uint64_t bytes)
 	return (bytes >> a->shift) + ((bytes & ((UINT64_C(1) << a->shift) - 1)) != 0);
 }
 
-int om_arena_alloc(struct om_arena *a, uint64_t size, uint64_t align, uint64_t *ret_offset)
+/* Checks a request, and looks for its hole within bounds: 0 with *ret NIL when none was found. */
+static int seek(const struct om_arena *a, uint64_t size, uint64_t align, uint64_t *ret_n,
+                uint64_t *ret_step, uint32_t *ret)
 {
 	uint64_t n = granules(a, size), step = align ? granules(a, align) : 1;
-	uint32_t i;
 
 	if (!size)
 		return om_err(OM_EVALUE, "arena: an allocation of 0 bytes");
@@ -376,8 +314,26 @@ int om_arena_alloc(struct om_arena *a, uint64_t size, uint64_t align, uint64_t *
 		return -ENOSPC;
 	if (step > a->size) /* only offset 0 is a multiple */
 		step = UINT64_C(1) << (log2_of(a->size) + 1);
-	i = find_hole(a, n, step);
-	return i ? carve(a, i, pad_of(&a->records[i], step), n, ret_offset) : -ENOSPC;
+	*ret = find_hole(a, n, step);
+	*ret_n = n;
+	*ret_step = step;
+	return 0;
+}
+
+int om_arena_alloc(struct om_arena *a, uint64_t size, uint64_t align, uint64_t *ret_offset)
+{
+	uint64_t n = 0, step = 1;
+	uint32_t i = NIL;
+	int code = seek(a, size, align, &n, &step, &i);
+
+	if (code || !i)
+		return code ? code : -ENOSPC;
+	code = carve(a, &i, pad_of(&a->records[i], step), n);
+	if (code)
+		return code;
+	bucket_link(a, i);
+	*ret_offset = a->records[i].at << a->shift;
+	return 0;
 }
 
 int om_arena_alloc_some(struct om_arena *a, uint64_t size, uint64_t *ret_offset, uint64_t *ret_size)
@@ -401,24 +357,23 @@ int om_arena_alloc_some(struct om_arena *a, uint64_t size, uint64_t *ret_offset,
 				i = k;
 	}
 	n = OM_MIN(n, a->records[i].n);
-	code = carve(a, i, 0, n, ret_offset);
-	if (!code)
-		*ret_size = n << a->shift;
-	return code;
+	code = carve(a, &i, 0, n);
+	if (code)
+		return code;
+	bucket_link(a, i);
+	*ret_offset = a->records[i].at << a->shift;
+	*ret_size = n << a->shift;
+	return 0;
 }
 
-int om_arena_free(struct om_arena *a, uint64_t offset)
+/* Turn an allocation into a hole, merged with those beside it; returns its record. */
+static uint32_t release(struct om_arena *a, uint32_t i)
 {
-	uint64_t at = offset >> a->shift;
-	uint32_t *link = bucket_find(a, at), i = *link, other;
 	struct record *r = &a->records[i];
+	uint32_t other = r->above;
 
-	if (!i || at << a->shift != offset)
-		return om_err(OM_EVALUE, "arena: nothing is allocated at offset %" PRIu64, offset);
-	*link = r->next;
 	a->used -= r->n;
 	a->count--;
-	other = r->above;
 	if (other && !a->records[other].used) {
 		hole_unlink(a, other);
 		r->n += a->records[other].n;
@@ -432,7 +387,88 @@ int om_arena_free(struct om_arena *a, uint64_t offset)
 		i = other;
 	}
 	hole_link(a, i);
+	return i;
+}
+
+int om_arena_free(struct om_arena *a, uint64_t offset)
+{
+	uint64_t at = offset >> a->shift;
+	uint32_t *link = bucket_find(a, at), i = *link;
+
+	if (!i || at << a->shift != offset)
+		return om_err(OM_EVALUE, "arena: nothing is allocated at offset %" PRIu64, offset);
+	*link = a->records[i].next;
+	release(a, i);
 	return 0;
+}
+
+/* ---- by handle ---- */
+
+/* Any hole for n granules among those that find_hole may have missed. */
+static uint32_t find_missed(const struct om_arena *a, uint64_t n, uint64_t align)
+{
+	unsigned last = sure_class(n + align - 1);
+
+	for (unsigned class = next_class(a, class_of(n)); class && class < last;
+	     class = next_class(a, class + 1))
+		for (uint32_t i = *class_head(a, class); i; i = a->records[i].next)
+			if (a->records[i].n >= n + pad_of(&a->records[i], align))
+				return i;
+	return NIL;
+}
+
+int om_arena_take(struct om_arena *a, uint64_t size, uint64_t align, uint32_t owner,
+                  uint32_t *ret_handle, uint64_t *ret_offset)
+{
+	uint64_t n = 0, step = 1;
+	uint32_t i = NIL;
+	int code = seek(a, size, align, &n, &step, &i);
+
+	if (!code && om_unlikely(!i))
+		i = find_missed(a, n, step);
+	if (code || !i)
+		return code ? code : -ENOSPC;
+	code = carve(a, &i, pad_of(&a->records[i], step), n);
+	if (code)
+		return code;
+	a->records[i].prev = owner;
+	*ret_handle = i;
+	*ret_offset = a->records[i].at << a->shift;
+	return 0;
+}
+
+uint32_t om_arena_give(struct om_arena *a, uint32_t handle)
+{
+	return release(a, handle);
+}
+
+struct om_tile om_arena_tile(const struct om_arena *a, uint32_t handle)
+{
+	const struct record *r = &a->records[handle];
+
+	return (struct om_tile){ .offset = r->at << a->shift,
+		                 .bytes = (uint64_t)r->n << a->shift,
+		                 .handle = handle,
+		                 .owner = r->used ? r->prev : 0,
+		                 .used = r->used };
+}
+
+struct om_tile om_arena_beside(const struct om_arena *a, uint32_t handle, bool above)
+{
+	const struct record *r = &a->records[handle];
+
+	return om_arena_tile(a, above ? r->above : r->below);
+}
+
+uint32_t om_arena_next_hole(const struct om_arena *a, uint32_t handle, uint64_t least)
+{
+	unsigned class = handle ? class_of(a->records[handle].n) + 1
+	                        : class_of(OM_MAX(granules(a, least), 1));
+
+	if (handle && a->records[handle].next)
+		return a->records[handle].next;
+	class = next_class(a, class);
+	return class ? *class_head(a, class) : NIL;
 }
 
 int om_arena_grow(struct om_arena *a, uint64_t size)
@@ -502,87 +538,4 @@ uint64_t om_arena_largest_free(const struct om_arena *a)
 uint64_t om_arena_count(const struct om_arena *a)
 {
 	return a->count;
-}
-
-/* ---- check ---- */
-
-static int broken(const char *what, uint64_t where)
-{
-	return om_err(OM_ECORRUPT, "arena: %s (%" PRIu64 ")", what, where);
-}
-
-/* The tiles, in order. */
-static int check_tiles(const struct om_arena *a, uint64_t *ret_holes)
-{
-	uint64_t at = 0, used = 0, count = 0, holes = 0;
-	uint32_t below = NIL;
-	bool was_hole = false;
-
-	for (uint32_t i = a->records[NIL].above; i; below = i, i = a->records[i].above) {
-		const struct record *r = &a->records[i];
-
-		if (i >= a->fresh || r->below != below || r->at != at || !r->n)
-			return broken("records do not tile the space at granule", at);
-		if (!r->used && was_hole)
-			return broken("two holes touch at granule", at);
-		if (r->used && *bucket_find(a, at) != i)
-			return broken("an allocation is not found by its offset, granule", at);
-		was_hole = !r->used;
-		at += r->n;
-		used += r->used ? r->n : 0;
-		count += r->used;
-		holes += !r->used;
-	}
-	if (at != a->size || below != a->records[NIL].below)
-		return broken("records end at granule", at);
-	if (used != a->used || count != a->count)
-		return broken("used granules or allocations are not", used);
-	*ret_holes = holes;
-	return 0;
-}
-
-/* The class lists hold exactly the holes, and the bit maps agree. */
-static int check_classes(const struct om_arena *a, uint64_t holes)
-{
-	uint64_t seen = 0;
-
-	for (unsigned class = 0; class < a->level_count * STEPS; class ++) {
-		const struct level *level = &a->levels[class / STEPS];
-		uint32_t prev = NIL, i = *class_head(a, class);
-
-		if ((i != NIL) != (level->bitmap >> (class % STEPS) & 1))
-			return broken("a class's bit is wrong, class", class);
-		if ((level->bitmap != 0) != (a->bitmap >> (class / STEPS) & 1))
-			return broken("a level's bit is wrong, class", class);
-		for (; i; prev = i, i = a->records[i].next) {
-			const struct record *r = &a->records[i];
-
-			if (r->used || !r->n || r->prev != prev || class_of(r->n) != class)
-				return broken("a hole is in the wrong list, class", class);
-			if (++seen > holes)
-				return broken("the lists hold more holes than there are,", holes);
-		}
-	}
-	return seen == holes ? 0 : broken("holes in no list:", holes - seen);
-}
-
-int om_arena_check(const struct om_arena *a)
-{
-	uint64_t holes = 0, chained = 0, unused = 0;
-	int code = check_tiles(a, &holes);
-
-	if (!code)
-		code = check_classes(a, holes);
-	if (code)
-		return code;
-	for (uint32_t b = 0; b < a->record_count; b++)
-		for (uint32_t i = a->buckets[b]; i && chained <= a->count; i = a->records[i].next)
-			chained++;
-	if (chained != a->count)
-		return broken("allocations found by offset:", chained);
-	for (uint32_t i = a->unused; i && unused <= a->unused_count; i = a->records[i].next)
-		unused++;
-	if (unused != a->unused_count || a->fresh != 1 + a->count + holes + unused)
-		return broken("records given back:", unused);
-	return 0;
 }

@@ -36,6 +36,33 @@ uint64_t om_arena_size(const struct om_arena *a);
 uint64_t om_arena_used(const struct om_arena *a);
 uint64_t om_arena_largest_free(const struct om_arena *a); /* exact; walks one size class */
 uint64_t om_arena_count(const struct om_arena *a);
+/* ---- allocations by handle ---- */
+
+/* As om_arena_create, for users that keep the handle of each allocation: nothing is looked up by offset, and
+ * each allocation knows its owner. Use only the functions below on it, and those above that take no
+ * offset. */
+int om_arena_create_by_handle(uint64_t size, uint64_t granule, struct om_arena **ret);
+/* As om_arena_alloc; `owner` is the caller's number. Misses no hole: where the bounded search finds none, it
+ * looks at all those that are less than 1/32 larger (or `align`). A handle is never 0. */
+int om_arena_take(struct om_arena *a, uint64_t size, uint64_t align, uint32_t owner,
+                  uint32_t *ret_handle, uint64_t *ret_offset);
+/* Give back an allocation; returns the handle of the hole that it is part of now. */
+uint32_t om_arena_give(struct om_arena *a, uint32_t handle);
+
+/* A part of the space: a hole or an allocation. */
+struct om_tile {
+	uint64_t offset, bytes;
+	uint32_t handle;
+	uint32_t owner; /* of an allocation */
+	bool used;
+};
+struct om_tile om_arena_tile(const struct om_arena *a, uint32_t handle);
+/* The neighbour by address; its handle is 0 at the end. */
+struct om_tile om_arena_beside(const struct om_arena *a, uint32_t handle, bool above);
+/* Walks the holes from about `least` bytes up (all of those, and maybe smaller ones): handle 0 begins, 0
+ * ends. The arena must not change meanwhile. */
+uint32_t om_arena_next_hole(const struct om_arena *a, uint32_t handle, uint64_t least);
+
 /* Walks everything: holes and allocations tile [0, size), free lists agree. OM_ECORRUPT if not. */
 int om_arena_check(const struct om_arena *a);
 

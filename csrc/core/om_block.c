@@ -100,7 +100,7 @@ uint64_t om_block_host_bytes(const struct om_block *b)
 		bytes += om_up(b->body->ranges[i].offset + b->body->ranges[i].nbytes, OM_PAGE) -
 		         first;
 	}
-	if (!b->body || !b->body->ranges)
+	if (!b->body || !b->body->ranges) /* an origin that is encoded takes room of its own */
 		bytes = om_up(b->nbytes + (b->body ? b->body->disk_copy.head : 0), OM_PAGE);
 	return OM_MAX(bytes, OM_PAGE);
 }

@@ -246,13 +246,15 @@ static void succeed_locked(struct om_store *s, struct om_move *m)
 {
 	struct om_block *b = m->block;
 
-	if (m->want_hash) {
+	if (!m->want_hash) {
+		b->group->timed_bytes += b->nbytes;
+		b->group->timed_ns += om_now() - m->decoding->began_ns;
+	} else {
 		b->body->hash = m->hash;
 		b->body->hash_known = b->body->verified = true;
 		s->counters.verified_bytes += b->nbytes;
 	}
 	b->group->decoded_bytes += b->nbytes;
-	b->group->decode_ns += om_now() - m->decoding->began_ns;
 	om_fetch_filled_locked(s, m);
 }
 

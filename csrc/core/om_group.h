@@ -25,9 +25,12 @@ struct om_group {
 	uint64_t used_bytes,
 		peak_bytes;     /* HOST extents of its blocks with a name, or that get one */
 	uint64_t packed_bytes;  /* of these, of encoded forms */
+	uint64_t loose_bytes;   /* of these, extents that a thread fills before a block has them */
 	uint64_t gone_bytes;    /* HOST extents of those that had one: held by somebody */
 	uint64_t leaving_bytes; /* of those, LEAVING */
-	uint64_t read_bytes, decoded_bytes, decode_ns;
+	uint64_t read_bytes, decoded_bytes;
+	uint64_t timed_bytes,
+		timed_ns;       /* of these, those that were not compared: how long it took */
 	uint64_t disk_bytes;    /* runs of the swap file that its blocks hold */
 	uint64_t foreign_bytes; /* HOST bytes of somebody else */
 	uint64_t blocks, leases, pinned;
@@ -55,6 +58,7 @@ struct om_group {
 	} check; /* om_store_check only */
 	unsigned
 		streams; /* of these: what they fetch ahead is finished by the thread that uses it */
+	bool mixed;      /* bytes and their forms pass through the same ring: there are no slots */
 };
 
 /* `name` is short enough. The policy is LRU. */

@@ -266,8 +266,11 @@ static int check_sums(struct om_store *s)
 	uint64_t pool = 0, disk = 0, sole = 0;
 	int code = 0;
 
-	OM_LIST_FOREACH(link, &s->groups)
-		om_container_of(link, struct om_group, link)->check = (struct om_group_check){ 0 };
+	OM_LIST_FOREACH(link, &s->groups) {
+		struct om_group *g = om_container_of(link, struct om_group, link);
+
+		g->check = (struct om_group_check){ .bytes = g->loose_bytes };
+	}
 	OM_LIST_FOREACH(link, &s->blocks) {
 		const struct om_block *b = om_container_of(link, struct om_block, all);
 

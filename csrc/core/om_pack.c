@@ -55,6 +55,16 @@ int om_store_victim(struct om_store *s, const char *group, struct om_lease **ret
 	return om_store_leave(s, *ret ? 0 : -ENOMEM);
 }
 
+/* Memory of `g` that a thread fills, before it is a block's. */
+static void count_loose_locked(struct om_store *s, struct om_group *g, int64_t bytes)
+{
+	s->loose_bytes += (uint64_t)bytes;
+	g->loose_bytes += (uint64_t)bytes;
+	g->used_bytes += (uint64_t)bytes;
+	g->peak_bytes = OM_MAX(g->peak_bytes, g->used_bytes);
+	s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
+}
+
 /* Memory for bytes that come from a caller, filled without the lock: on no block yet. */
 static int copy_in_locked(struct om_store *s, struct om_group *g, const void *data, uint64_t nbytes,
                           uint64_t deadline_ns, struct om_extent *ret, uint64_t *ret_hash)
@@ -70,13 +80,13 @@ static int copy_in_locked(struct om_store *s, struct om_group *g, const void *da
 	if (code)
 		return code;
 	s->adding++; /* close waits for us */
-	s->loose_bytes += ret->bytes;
+	count_loose_locked(s, g, (int64_t)ret->bytes);
 	om_mutex_unlock(&s->lock);
 	memcpy(ret->ptr, data, nbytes);
 	*ret_hash = om_hash(ret->ptr, nbytes);
 	om_mutex_lock(&s->lock);
 	s->adding--;
-	s->loose_bytes -= ret->bytes;
+	count_loose_locked(s, g, -(int64_t)ret->bytes);
 	if (!s->closing)
 		return 0;
 	om_pool_free(&s->pool, ret);
@@ -282,16 +292,29 @@ int om_pack_loose_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
 		code = code ? code : om_pool_alloc(&s->pool, bytes, bytes, ret);
 	} while (code == OM_ELIMIT && om_now() < deadline_ns && !s->closing &&
 	         bytes <= s->host_limit_bytes && (!g->limit_bytes || bytes <= g->limit_bytes));
-	if (!code) {
-		s->loose_bytes += ret->bytes;
-		s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
-	}
+	if (!code)
+		count_loose_locked(s, g, (int64_t)ret->bytes);
 	return code;
 }
 
-void om_pack_free_loose_locked(struct om_store *s, struct om_extent *mem)
+void om_pack_cut_loose_locked(struct om_store *s, struct om_group *g, struct om_extent *mem,
+                              uint64_t bytes)
 {
-	s->loose_bytes -= mem->segment ? mem->bytes : 0;
+	uint64_t was = mem->bytes;
+
+	om_pool_cut(&s->pool, mem, bytes);
+	count_loose_locked(s, g, (int64_t)(mem->bytes - was));
+}
+
+void om_pack_end_loose_locked(struct om_store *s, struct om_group *g, const struct om_extent *mem)
+{
+	count_loose_locked(s, g, -(int64_t)mem->bytes);
+}
+
+void om_pack_free_loose_locked(struct om_store *s, struct om_group *g, struct om_extent *mem)
+{
+	if (mem->segment)
+		om_pack_end_loose_locked(s, g, mem);
 	om_pool_free(&s->pool, mem);
 }
 
@@ -313,67 +336,89 @@ int om_pack_encode(const struct om_block *b, const void *data, enum om_coding co
 		b->name);
 }
 
-/* The form in `scratch` becomes the block's, in memory of just its size. */
-static int keep_form_locked(struct om_store *s, struct om_block *b, const struct om_coded *coded,
-                            uint64_t deadline_ns)
+/* May what the leased bytes were encoded to stand for them? */
+static int keepable(const struct om_block *b, const struct om_coded *coded)
 {
-	struct om_extent mem;
-	int code;
-
+	if (b->body->touched)
+		return om_err(OM_EBUSY, "block '%s' is shared for writing while it is encoded",
+		              b->name);
 	if (b->body->hash_known && b->body->hash != coded->hash)
 		return om_err(OM_ECORRUPT,
 		              "block '%s': the bytes in memory differ from those stored: somebody "
 		              "wrote to a view that was for reading",
 		              b->name);
-	code = om_pack_loose_locked(s, b->group, coded->bytes, deadline_ns, &mem);
+	return 0;
+}
+
+/* `mem` begins with the form: it becomes the block's, in no more memory than it needs. */
+static int keep_form_locked(struct om_store *s, struct om_block *b, const struct om_coded *coded,
+                            struct om_extent *mem)
+{
+	struct om_extent form;
+	int code = keepable(b, coded);
+
 	if (code)
 		return code;
-	om_mutex_unlock(&s->lock);
-	memcpy(mem.ptr, coded->data, coded->bytes);
-	om_mutex_lock(&s->lock);
-	if (s->closing)
-		code = om_err(OM_ECLOSED, "the store was closed meanwhile");
-	s->loose_bytes -= mem.bytes;
-	code = code ? code : take_form_locked(s, b, mem, coded->bytes, OM_CODEC_CORE);
+	om_pack_cut_loose_locked(s, b->group, mem, coded->bytes);
+	form = *mem;
+	om_pack_end_loose_locked(s, b->group, mem);
+	code = take_form_locked(s, b, form, coded->bytes, OM_CODEC_CORE);
 	if (code) {
-		om_pool_free(&s->pool, &mem);
+		count_loose_locked(s, b->group, (int64_t)mem->bytes);
 		return code;
 	}
+	mem->segment = NULL;
 	b->body->hash = coded->hash;
 	b->body->hash_known = b->body->verified = true;
 	return 0;
 }
 
-int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding coding,
-                          uint64_t deadline_ns, struct om_block **ret)
+/* A spill that a lease has rescued goes on: until it is over it owns the copy on disk. */
+static int await_spill_locked(struct om_store *s, struct om_block *b, uint64_t deadline_ns)
 {
-	struct om_extent scratch = { 0 };
+	struct om_move *m = b->body->move;
+	int code = 0;
+
+	if (!m)
+		return 0;
+	om_move_ref(m);
+	code = om_fetch_settle_locked(s, m, deadline_ns);
+	code = m->settled ? 0 : code; /* whether it succeeded is of no interest */
+	om_move_unref(m);
+	return code;
+}
+
+int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding coding,
+                          uint64_t most, uint64_t deadline_ns, struct om_block **ret)
+{
+	uint64_t room = OM_MIN(b->nbytes - b->nbytes / 20, most);
+	struct om_extent mem = { 0 };
 	struct om_coded coded = { 0 };
-	int code = om_pack_loose_locked(s, b->group, om_encode_bound(b->nbytes), deadline_ns,
-	                                &scratch);
+	int code;
 
 	*ret = NULL;
+	if (!room)
+		return 0;
+	code = await_spill_locked(s, b, deadline_ns);
+	code = code ? code : om_pack_loose_locked(s, b->group, room, deadline_ns, &mem);
 	if (code)
 		return code;
 	b->body->holds++; /* nobody writes alone meanwhile */
 	s->inside++;
 	om_mutex_unlock(&s->lock);
-	code = om_pack_encode(b, b->body->data, coding, scratch, &coded);
+	code = om_pack_encode(b, b->body->data, coding, mem, &coded);
 	om_mutex_lock(&s->lock);
-	if (!code && s->closing)
-		code = om_err(OM_ECLOSED, "the store was closed meanwhile");
-	if (!code && coded.bytes && b->body->touched)
-		code = om_err(OM_EBUSY, "block '%s' is shared for writing while it is encoded",
-		              b->name);
-	if (!code && coded.bytes)
-		code = keep_form_locked(s, b, &coded, deadline_ns);
 	b->body->holds--;
 	s->inside--;
-	om_pack_free_loose_locked(s, &scratch);
-	if (!code && coded.bytes) {
+	if (!code && s->closing)
+		code = om_err(OM_ECLOSED, "the store was closed meanwhile");
+	if (!code && coded.bytes && coded.bytes <= most)
+		code = keep_form_locked(s, b, &coded, &mem);
+	if (!code && !mem.segment) {
 		*ret = b->body->packed;
 		om_block_ref(*ret);
 	}
+	om_pack_free_loose_locked(s, b->group, &mem);
 	om_store_changed_locked(s);
 	return code;
 }
@@ -395,7 +440,7 @@ int om_store_encode(struct om_store *s, const char *name, enum om_coding coding,
 		return om_store_leave_block(s, b, code);
 	if (b->body->writer || b->body->touched)
 		code = om_err(OM_EBUSY, "block '%s' is shared for writing", b->name);
-	code = code ? code : om_pack_encode_locked(s, b, coding, deadline_ns, &form);
+	code = code ? code : om_pack_encode_locked(s, b, coding, UINT64_MAX, deadline_ns, &form);
 	if (form)
 		*ret_bytes = form->nbytes;
 	om_block_unref(form);

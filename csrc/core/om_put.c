@@ -242,13 +242,11 @@ static int encode_locked(struct put *p, const void *data, enum om_coding coding)
 	if (om_up(p->coded.bytes, OM_PAGE) + plain > p->g->limit_bytes)
 		p->coded.bytes = 0;
 	if (code || !p->coded.bytes) {
-		om_pack_free_loose_locked(s, &p->mem);
+		om_pack_free_loose_locked(s, p->g->rows, &p->mem);
 		p->coded.bytes = 0;
 		return code;
 	}
-	s->loose_bytes -= p->mem.bytes;
-	om_pool_cut(&s->pool, &p->mem, p->coded.bytes);
-	s->loose_bytes += p->mem.bytes;
+	om_pack_cut_loose_locked(s, p->g->rows, &p->mem, p->coded.bytes);
 	return 0;
 }
 
@@ -256,7 +254,7 @@ static void adopt_form_locked(struct put *p, struct om_block *form)
 {
 	struct om_block *b = p->b;
 
-	p->s->loose_bytes -= p->mem.bytes;
+	om_pack_end_loose_locked(p->s, p->g->rows, &p->mem);
 	om_block_access(b);
 	om_block_access(form);
 	om_block_fill_begin(form, p->mem);
@@ -285,7 +283,7 @@ static int put_coded_locked(struct put *p)
 		om_block_unref(form);
 		om_block_retire(form);
 	}
-	om_pack_free_loose_locked(p->s, &p->mem);
+	om_pack_free_loose_locked(p->s, p->g->rows, &p->mem);
 	return code;
 }
 

@@ -205,16 +205,21 @@ int om_pack_make_inner_locked(struct om_store *s, struct om_block *owner, uint64
  * size. Counted in loose_bytes. */
 int om_pack_loose_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
                          uint64_t deadline_ns, struct om_extent *ret);
-void om_pack_free_loose_locked(struct om_store *s, struct om_extent *mem);
+/* Only `bytes` of it are needed; it is a block's from now on; it is not needed. */
+void om_pack_cut_loose_locked(struct om_store *s, struct om_group *g, struct om_extent *mem,
+                              uint64_t bytes);
+void om_pack_end_loose_locked(struct om_store *s, struct om_group *g, const struct om_extent *mem);
+void om_pack_free_loose_locked(struct om_store *s, struct om_group *g, struct om_extent *mem);
 /* Encode bytes that are, or are to be, those of a block, and decode the result to compare it. ret->bytes 0: it
  * would hardly be smaller. Without the lock. */
 int om_pack_encode(const struct om_block *b, const void *data, enum om_coding coding,
                    struct om_extent mem, struct om_coded *ret);
 /* Encode the bytes of a block that the caller leases, and keep the form in HOST beside them: a fill is
- * decoded from it from now on. *ret: the form, a reference; NULL: it would hardly be smaller. Gives up the
+ * decoded from it from now on. *ret: the form, a reference; NULL: it would hardly be smaller, or of more than
+ * `most` bytes. Gives up the
  * lock. */
 int om_pack_encode_locked(struct om_store *s, struct om_block *b, enum om_coding coding,
-                          uint64_t deadline_ns, struct om_block **ret);
+                          uint64_t most, uint64_t deadline_ns, struct om_block **ret);
 
 /* om_decode.c */
 /* `m` fills its block from `from`, which is in HOST or on its way. -ENOMEM. */

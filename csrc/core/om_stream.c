@@ -13,37 +13,9 @@
 #include <errno.h>
 #include <string.h>
 
-#include "core/om_pattern.h"
-#include "core/om_store_int.h"
+#include "core/om_stream_int.h"
 
-enum unit_state { IDLE, BINDING, BOUND, UNBINDING };
-
-struct unit {
-	char *name;
-	enum unit_state state;
-	unsigned users;
-	size_t count, streamed_count;
-	struct om_block **blocks; /* streamed ones first */
-	struct om_lease **leases; /* in the order of `blocks` */
-	struct om_lease **forms;  /* likewise: of the forms that are kept */
-	uint8_t *keep;            /* likewise: enum om_keep */
-	size_t *place;            /* caller's index -> index in `blocks` */
-};
-
-struct om_stream {
-	struct om_store *store;
-	struct om_group *group;
-	struct unit *units;
-	size_t count;
-	bool opened;               /* the group counts this stream */
-	struct om_pattern pattern; /* of units that have streamed blocks */
-	struct om_stream_stats stats;
-	uint64_t read_bytes_before, decoded_bytes_before, decode_ns_before;
-	uint64_t ring_bytes; /* that what is kept leaves */
-	uint32_t *ahead;     /* scratch: units foretold, in order */
-};
-
-static void unit_fini(struct unit *u)
+static void unit_fini(struct om_unit *u)
 {
 	for (size_t i = 0; i < u->count && u->blocks; i++)
 		if (u->blocks[i])
@@ -56,7 +28,8 @@ static void unit_fini(struct unit *u)
 	om_free(u->place);
 }
 
-static int unit_init_locked(struct om_stream *st, struct unit *u, const struct om_stream_unit *in)
+static int unit_init_locked(struct om_stream *st, struct om_unit *u,
+                            const struct om_stream_unit *in)
 {
 	size_t at[2] = { 0, 0 }; /* next place of a streamed, of a resident block */
 
@@ -85,6 +58,7 @@ static int unit_init_locked(struct om_stream *st, struct unit *u, const struct o
 				in->name, b->name, b->group->name, st->group->name);
 		if (om_block_wake(b, NULL))
 			return -ENOMEM;
+		st->group->mixed |= om_block_coded(b) || in->keep[i] >= OM_KEEP_FAST;
 		b->body->align = plain ? OM_BLOCK_ALIGN : OM_STREAM_ALIGN;
 		u->place[i] = at[plain]++;
 		u->blocks[u->place[i]] = b;
@@ -123,7 +97,8 @@ int om_stream_create(struct om_store *s, const char *group, const struct om_stre
 		st->opened = true;
 		st->read_bytes_before = st->group->read_bytes;
 		st->decoded_bytes_before = st->group->decoded_bytes;
-		st->decode_ns_before = st->group->decode_ns;
+		st->timed_bytes_before = st->group->timed_bytes;
+		st->timed_ns_before = st->group->timed_ns;
 	}
 	om_mutex_unlock(&s->lock);
 	om_store_ref(s);
@@ -137,8 +112,8 @@ int om_stream_create(struct om_store *s, const char *group, const struct om_stre
 	return 0;
 }
 
-static int lease_unit_locked(struct om_stream *st, struct unit *u, size_t first, size_t count,
-                             uint64_t deadline_ns, uint64_t *ret_stall_ns)
+int om_stream_lease_unit_locked(struct om_stream *st, struct om_unit *u, size_t first, size_t count,
+                                uint64_t deadline_ns, uint64_t *ret_stall_ns)
 {
 	struct om_store *s = st->store;
 	int code = count ? om_fetch_lease_locked(s, u->blocks + first, count, deadline_ns,
@@ -160,227 +135,10 @@ static int lease_unit_locked(struct om_stream *st, struct unit *u, size_t first,
 	return code;
 }
 
-/* ---- what is kept ---- */
-
-/* Begin to bring a block in, if there is room for it. OM_EAGAIN, OM_EBUSY: not now. */
-static int start_kept_locked(struct om_stream *st, struct om_block *b)
-{
-	uint64_t bytes = om_fetch_missing_bytes(&b, 1, false);
-	int code = bytes ? om_room_make_locked(st->store, st->group, bytes, false, &b, 1) : 0;
-
-	return code ? code : om_fetch_start_locked(st->store, &b, 1, OM_DEMAND);
-}
-
-/* Blocks kept plain, of more than `least` bytes: start them all, then take them one by one as they come. */
-static int load_plain_locked(struct om_stream *st, uint64_t least, uint64_t deadline_ns)
-{
-	int code = 0;
-
-	for (size_t i = 0; i < st->count && !code; i++) {
-		struct unit *u = &st->units[i];
-
-		for (size_t k = u->streamed_count; k < u->count && !code; k++)
-			if (u->blocks[k]->nbytes >= least && u->blocks[k]->host == OM_COPY_NONE)
-				code = start_kept_locked(st, u->blocks[k]);
-	}
-	if (code == OM_EAGAIN || code == OM_EBUSY)
-		code = 0; /* the leases below wait for room */
-	for (size_t i = 0; i < st->count && !code; i++) {
-		struct unit *u = &st->units[i];
-
-		for (size_t k = u->streamed_count; k < u->count && !code; k++)
-			if (u->blocks[k]->nbytes >= least && !u->leases[k])
-				code = lease_unit_locked(st, u, k, 1, deadline_ns, NULL);
-	}
-	return code;
-}
-
-static bool kept_encoded(const struct unit *u, size_t k)
-{
-	return u->keep[k] == OM_KEEP_FAST || u->keep[k] == OM_KEEP_BALANCED;
-}
-
-static enum om_coding coding_of(const struct unit *u, size_t k)
-{
-	return u->keep[k] == OM_KEEP_FAST ? OM_CODING_FAST : OM_CODING_BALANCED;
-}
-
-/* The form is leased from now on, if the caller's lease of it is to stay. */
-static int keep_form_locked(struct om_stream *st, struct unit *u, size_t k, struct om_block *form)
-{
-	u->forms[k] = om_lease_make_locked(st->store, form, false);
-	if (!u->forms[k])
-		om_fetch_unlease_locked(st->store, form);
-	return u->forms[k] ? 0 : -ENOMEM;
-}
-
-/* A form that the block has already, if it is encoded as it should be. OM_EAGAIN: it is not. */
-static int keep_own_form_locked(struct om_stream *st, struct unit *u, size_t k,
-                                uint64_t deadline_ns)
-{
-	struct om_block *form = om_block_coded(u->blocks[k]);
-	enum om_coding coding;
-	uint64_t nbytes;
-	int code;
-
-	if (!form)
-		return OM_EAGAIN;
-	om_block_ref(form);
-	code = om_fetch_lease_locked(st->store, &form, 1, deadline_ns, NULL);
-	if (!code && !om_coded_info(form->body->data, form->nbytes, &nbytes, &coding) &&
-	    coding == coding_of(u, k))
-		code = keep_form_locked(st, u, k, form);
-	else if (!code) {
-		om_fetch_unlease_locked(st->store, form);
-		code = OM_EAGAIN;
-	}
-	om_block_unref(form);
-	return code;
-}
-
-/* Give up a block's plain bytes, and a form that is not kept. */
-static void forget_block_locked(struct om_stream *st, struct om_block *b)
-{
-	struct om_block *form = om_block_coded(b), *both[] = { b, form };
-
-	for (size_t i = 0; i < 2 && both[i]; i++) {
-		if (both[i]->leases || both[i]->body->holds)
-			continue;
-		if (both[i]->host == OM_COPY_VALID && om_block_clean(both[i]))
-			om_room_drop_locked(st->store, both[i]);
-		else if (both[i]->host == OM_COPY_FILLING)
-			om_fetch_cancel_locked(st->store, both[i]);
-	}
-}
-
-/* Bytes that are kept, or will be when all is loaded: plain blocks, and forms that were made. */
-static uint64_t kept_bytes(const struct om_stream *st)
-{
-	uint64_t bytes = 0;
-
-	for (size_t i = 0; i < st->count; i++) {
-		const struct unit *u = &st->units[i];
-
-		for (size_t k = 0; k < u->count; k++)
-			if (k >= u->streamed_count)
-				bytes += om_block_host_bytes(u->blocks[k]);
-			else if (u->forms[k])
-				bytes += u->forms[k]->block->body->mem.bytes;
-	}
-	return bytes;
-}
-
-/* May this form be kept as well, and the ring be as large as it has to be? */
-static bool has_room(const struct om_stream *st, const struct om_block *form)
-{
-	uint64_t limit = st->group->limit_bytes;
-
-	return !limit || kept_bytes(st) + om_block_host_bytes(form) + st->ring_bytes <= limit;
-}
-
-/* Read a block and encode it, unless it comes encoded. What would hardly be smaller is not kept. */
-static int load_encoded_locked(struct om_stream *st, struct unit *u, size_t k, uint64_t deadline_ns)
-{
-	struct om_block *b = u->blocks[k], *form = NULL;
-	int code = keep_own_form_locked(st, u, k, deadline_ns);
-
-	if (code != OM_EAGAIN)
-		return code;
-	code = om_fetch_lease_locked(st->store, &b, 1, deadline_ns, NULL);
-	if (code)
-		return code;
-	code = om_pack_encode_locked(st->store, b, coding_of(u, k), deadline_ns, &form);
-	if (form && has_room(st, form)) {
-		om_block_lease(form);
-		code = keep_form_locked(st, u, k, form);
-	} else if (!code) {
-		u->keep[k] = OM_KEEP_NOTHING;
-		om_pack_drop_locked(st->store, b);
-	}
-	om_block_unref(form);
-	om_fetch_unlease_locked(st->store, b);
-	forget_block_locked(st, b);
-	return code;
-}
-
-struct place_of_block {
-	struct unit *u;
-	size_t k;
-};
-
-/* The next block that is to be kept encoded and is not yet, from `at` on. */
-static bool next_encoded(const struct om_stream *st, struct place_of_block *at)
-{
-	for (; at->u < st->units + st->count; at->u++, at->k = 0)
-		for (; at->k < at->u->streamed_count; at->k++)
-			if (kept_encoded(at->u, at->k) && !at->u->forms[at->k])
-				return true;
-	return false;
-}
-
-static int load_all_encoded_locked(struct om_stream *st, uint64_t deadline_ns)
-{
-	struct place_of_block at = { st->units, 0 };
-	int code = 0;
-
-	while (!code && next_encoded(st, &at)) {
-		struct place_of_block ahead = { at.u, at.k + 1 };
-
-		code = start_kept_locked(st, at.u->blocks[at.k]);
-		if (!code && next_encoded(st, &ahead)) /* it is read while this one is encoded */
-			code = start_kept_locked(st, ahead.u->blocks[ahead.k]);
-		if (!code || code == OM_EAGAIN || code == OM_EBUSY)
-			code = load_encoded_locked(st, at.u, at.k, deadline_ns);
-	}
-	return code;
-}
-
-/* Bytes of the largest block that is kept encoded. */
-static uint64_t largest_encoded(const struct om_stream *st)
-{
-	struct place_of_block at = { st->units, 0 };
-	uint64_t largest = 0;
-
-	for (; next_encoded(st, &at); at.k++)
-		largest = OM_MAX(largest, at.u->blocks[at.k]->nbytes);
-	return largest;
-}
-
-int om_stream_load(struct om_stream *st, uint64_t deadline_ns)
-{
-	struct om_store *s = st->store;
-	int code = om_store_enter(s);
-	uint64_t largest;
-
-	if (code)
-		return code;
-	/* Encoding takes the ring, and decoding what is kept plain takes its form beside it: so what is
-	 * larger than a slot comes first, while there is room, and what is smaller comes last. */
-	largest = largest_encoded(st);
-	if (largest)
-		code = load_plain_locked(st, largest, deadline_ns);
-	code = code ? code : load_all_encoded_locked(st, deadline_ns);
-	if (largest) /* slots would be taken whole, by what is smaller and stays */
-		om_pool_trim(&s->pool, UINT64_MAX);
-	code = code ? code : load_plain_locked(st, 0, deadline_ns);
-	om_mutex_unlock(&s->lock);
-	return code;
-}
-
-int om_stream_reserve(struct om_stream *st, uint64_t ring_bytes)
-{
-	int code = om_store_enter(st->store);
-
-	if (code)
-		return code;
-	st->ring_bytes = ring_bytes;
-	return om_store_leave(st->store, 0);
-}
-
 /* ---- the ring ---- */
 
 /* Bytes that the unit's streamed blocks hold without being in use. */
-static bool speculated(const struct unit *u)
+static bool speculated(const struct om_unit *u)
 {
 	for (size_t i = 0; i < u->streamed_count; i++) {
 		const struct om_block *b = u->blocks[i], *form = om_block_coded(b);
@@ -392,10 +150,10 @@ static bool speculated(const struct unit *u)
 	return false;
 }
 
-static void forget_unit_locked(struct om_stream *st, struct unit *u)
+static void forget_unit_locked(struct om_stream *st, struct om_unit *u)
 {
 	for (size_t i = 0; i < u->streamed_count; i++)
-		forget_block_locked(st, u->blocks[i]);
+		om_stream_forget_block_locked(st, u->blocks[i]);
 }
 
 /* Let go what was fetched ahead for units that are not among the next ones. Did it free any bytes
@@ -405,7 +163,7 @@ static bool drop_strays_locked(struct om_stream *st, size_t foretold)
 	uint64_t before = st->group->used_bytes;
 
 	for (size_t i = 0; i < st->count; i++) {
-		struct unit *u = &st->units[i];
+		struct om_unit *u = &st->units[i];
 		bool wanted = u->users > 0 || !speculated(u);
 
 		for (size_t k = 0; k < foretold && !wanted; k++)
@@ -433,7 +191,7 @@ static void fetch_ahead_locked(struct om_stream *st, bool between)
 
 	for (size_t k = 0; k < st->count; k++) {
 		uint32_t id;
-		struct unit *u;
+		struct om_unit *u;
 		uint64_t bytes;
 
 		if (!om_pattern_next(&st->pattern, k, &id))
@@ -455,7 +213,7 @@ static void fetch_ahead_locked(struct om_stream *st, bool between)
 
 /* ---- use ---- */
 
-static int check_unit(const struct om_stream *st, size_t unit)
+int om_stream_check_unit(const struct om_stream *st, size_t unit)
 {
 	if (unit >= st->count)
 		return om_err(OM_EVALUE, "unit %zu: the stream has %zu", unit, st->count);
@@ -463,7 +221,7 @@ static int check_unit(const struct om_stream *st, size_t unit)
 }
 
 /* Are the streamed bytes in memory, if not yet proven? */
-static bool arrived(const struct unit *u)
+static bool arrived(const struct om_unit *u)
 {
 	for (size_t i = 0; i < u->streamed_count; i++) {
 		const struct om_block *b = om_block_wanted(u->blocks[i]);
@@ -478,16 +236,16 @@ static bool arrived(const struct unit *u)
 int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, bool *ret_bind)
 {
 	struct om_store *s = st->store;
-	struct unit *u;
+	struct om_unit *u;
 	uint64_t stall = 0;
 	bool hit;
-	int code = check_unit(st, unit);
+	int code = om_stream_check_unit(st, unit);
 
 	if (code || (code = om_store_enter(s)))
 		return code;
 	u = &st->units[unit];
 	hit = arrived(u);
-	while ((u->state == BINDING || u->state == UNBINDING) && !code) {
+	while ((u->state == OM_UNIT_BINDING || u->state == OM_UNIT_UNBINDING) && !code) {
 		if (s->closing)
 			code = om_err(OM_ECLOSED, "the store is closed");
 		else if (om_now() >= deadline_ns)
@@ -497,13 +255,14 @@ int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, boo
 		else
 			om_store_wait_locked(s, deadline_ns);
 	}
-	*ret_bind = u->state == IDLE;
+	*ret_bind = u->state == OM_UNIT_IDLE;
 	if (!code && *ret_bind) {
-		u->state = BINDING;
-		code = lease_unit_locked(st, u, 0, u->streamed_count, deadline_ns, &stall);
+		u->state = OM_UNIT_BINDING;
+		code = om_stream_lease_unit_locked(st, u, 0, u->streamed_count, deadline_ns,
+		                                   &stall);
 		st->stats.stall_ns += stall;
 		if (code)
-			u->state = IDLE;
+			u->state = OM_UNIT_IDLE;
 	}
 	if (!code) {
 		u->users++;
@@ -519,14 +278,14 @@ int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, boo
 	return code;
 }
 
-static void release_unit_locked(struct om_stream *st, struct unit *u)
+static void reom_stream_lease_unit_locked(struct om_stream *st, struct om_unit *u)
 {
 	for (size_t i = 0; i < u->streamed_count; i++) {
 		if (u->leases[i])
 			om_lease_unref(u->leases[i]);
 		u->leases[i] = NULL;
 	}
-	u->state = IDLE;
+	u->state = OM_UNIT_IDLE;
 	u->users = 0;
 	om_store_drain_locked(st->store);
 	forget_unit_locked(st, u);
@@ -536,22 +295,22 @@ static void release_unit_locked(struct om_stream *st, struct unit *u)
 
 void om_stream_bound(struct om_stream *st, size_t unit, bool ok)
 {
-	struct unit *u = &st->units[unit];
+	struct om_unit *u = &st->units[unit];
 
-	if (check_unit(st, unit) || om_store_enter(st->store))
+	if (om_stream_check_unit(st, unit) || om_store_enter(st->store))
 		return;
-	if (u->state == BINDING && ok)
-		u->state = BOUND;
-	else if (u->state == BINDING)
-		release_unit_locked(st, u);
+	if (u->state == OM_UNIT_BINDING && ok)
+		u->state = OM_UNIT_BOUND;
+	else if (u->state == OM_UNIT_BINDING)
+		reom_stream_lease_unit_locked(st, u);
 	om_store_changed_locked(st->store);
 	om_mutex_unlock(&st->store->lock);
 }
 
 int om_stream_leave(struct om_stream *st, size_t unit, bool *ret_unbind)
 {
-	struct unit *u;
-	int code = check_unit(st, unit);
+	struct om_unit *u;
+	int code = om_stream_check_unit(st, unit);
 
 	*ret_unbind = false;
 	if (code || (code = om_store_enter(st->store)))
@@ -561,7 +320,7 @@ int om_stream_leave(struct om_stream *st, size_t unit, bool *ret_unbind)
 		code = om_err(OM_EVALUE, "unit '%s' is left more often than it was entered",
 		              u->name);
 	} else if (!--u->users) {
-		u->state = UNBINDING;
+		u->state = OM_UNIT_UNBINDING;
 		*ret_unbind = true;
 	}
 	om_mutex_unlock(&st->store->lock);
@@ -570,10 +329,10 @@ int om_stream_leave(struct om_stream *st, size_t unit, bool *ret_unbind)
 
 void om_stream_unbound(struct om_stream *st, size_t unit)
 {
-	if (check_unit(st, unit) || om_store_enter(st->store))
+	if (om_stream_check_unit(st, unit) || om_store_enter(st->store))
 		return;
-	if (st->units[unit].state == UNBINDING)
-		release_unit_locked(st, &st->units[unit]);
+	if (st->units[unit].state == OM_UNIT_UNBINDING)
+		reom_stream_lease_unit_locked(st, &st->units[unit]);
 	om_mutex_unlock(&st->store->lock);
 }
 
@@ -593,7 +352,8 @@ int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret)
 	*ret = st->stats;
 	ret->read_bytes = st->group->read_bytes - st->read_bytes_before;
 	ret->decoded_bytes = st->group->decoded_bytes - st->decoded_bytes_before;
-	ret->decode_ns = st->group->decode_ns - st->decode_ns_before;
+	ret->timed_bytes = st->group->timed_bytes - st->timed_bytes_before;
+	ret->timed_ns = st->group->timed_ns - st->timed_ns_before;
 	ret->packed_bytes = 0;
 	for (size_t i = 0; i < st->count; i++)
 		for (size_t k = 0; k < st->units[i].streamed_count; k++)
@@ -603,37 +363,7 @@ int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret)
 	return 0;
 }
 
-static void forget_form_locked(struct om_stream *st, struct unit *u, size_t k)
-{
-	struct om_block *form = u->forms[k] ? u->forms[k]->block : NULL;
-
-	if (!form)
-		return;
-	om_lease_unref(u->forms[k]);
-	u->forms[k] = NULL;
-	u->keep[k] = OM_KEEP_NOTHING;
-	om_store_drain_locked(st->store);
-	if (form == u->blocks[k]->body->packed)
-		om_pack_drop_locked(st->store, u->blocks[k]);
-	else
-		forget_block_locked(st, u->blocks[k]);
-}
-
-int om_stream_forget(struct om_stream *st, size_t unit)
-{
-	int code = check_unit(st, unit);
-
-	if (code || (code = om_store_enter(st->store)))
-		return code;
-	for (size_t k = 0; k < st->units[unit].streamed_count; k++)
-		if (om_block_has_origin(st->units[unit].blocks[k]))
-			forget_form_locked(st, &st->units[unit], k);
-	om_pool_trim_to(&st->store->pool, st->ring_bytes);
-	om_store_changed_locked(st->store);
-	return om_store_leave(st->store, 0);
-}
-
-static void let_leases_go(struct unit *u)
+static void let_leases_go(struct om_unit *u)
 {
 	for (size_t k = 0; k < u->count && u->leases && u->forms; k++) {
 		if (u->leases[k])
@@ -644,7 +374,7 @@ static void let_leases_go(struct unit *u)
 }
 
 /* What the stream has encoded goes where the bytes can be had from an origin. */
-static void end_unit_locked(struct om_stream *st, struct unit *u)
+static void end_unit_locked(struct om_stream *st, struct om_unit *u)
 {
 	forget_unit_locked(st, u);
 	for (size_t i = 0; i < u->streamed_count; i++)

@@ -1,16 +1,21 @@
 /* dev_host: host memory in page runs, see om_dev.h. Owns nothing; safe from any thread; every
- * failure is -ENOMEM with the size in the message. */
+ * failure, but for those of locking, is -ENOMEM with the size in the message. */
 #include "plat/om_dev.h"
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #include "base/om_base.h"
 #include "base/om_error.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
+#endif
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24 /* Linux 5.18 */
 #endif
 
 static int map_failed(uint64_t bytes, int error)
@@ -20,7 +25,7 @@ static int map_failed(uint64_t bytes, int error)
 }
 
 /* Anonymous memory has no alignment of its own beyond a page: map too much, cut both ends. */
-static void *map_aligned(uint64_t bytes)
+static void *map_aligned(uint64_t bytes, int protection, int flags)
 {
 	uint64_t whole, slack = bytes >= OM_HUGE ? OM_HUGE : 0;
 
@@ -28,7 +33,7 @@ static void *map_aligned(uint64_t bytes)
 		errno = ENOMEM;
 		return MAP_FAILED;
 	}
-	char *raw = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char *raw = mmap(NULL, whole, protection, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
 
 	if (raw == MAP_FAILED || !slack)
 		return raw;
@@ -42,7 +47,7 @@ static void *map_aligned(uint64_t bytes)
 	return start;
 }
 
-int om_host_map(uint64_t bytes, void **ret)
+static int map(uint64_t bytes, int protection, int flags, void **ret)
 {
 	void *p;
 
@@ -53,7 +58,7 @@ int om_host_map(uint64_t bytes, void **ret)
 		              bytes);
 	if (om_fault(OM_FAULT_MAP))
 		return map_failed(bytes, ENOMEM);
-	p = map_aligned(bytes);
+	p = map_aligned(bytes, protection, flags);
 	if (p == MAP_FAILED)
 		return map_failed(bytes, errno);
 	/* A forked child must not share pages that the kernel may be reading into. */
@@ -67,6 +72,81 @@ int om_host_map(uint64_t bytes, void **ret)
 		madvise(p, bytes, MADV_HUGEPAGE); /* advice: a kernel without huge pages refuses */
 	*ret = p;
 	return 0;
+}
+
+int om_host_map(uint64_t bytes, void **ret)
+{
+	return map(bytes, PROT_READ | PROT_WRITE, 0, ret);
+}
+
+int om_host_reserve(uint64_t bytes, void **ret)
+{
+	return map(bytes, PROT_NONE, MAP_NORESERVE, ret);
+}
+
+int om_host_commit(void *p, uint64_t bytes)
+{
+	if (om_fault(OM_FAULT_MAP))
+		return map_failed(bytes, ENOMEM);
+	return mprotect(p, bytes, PROT_READ | PROT_WRITE) ? map_failed(bytes, errno) : 0;
+}
+
+bool om_host_addresses_scarce(void)
+{
+	struct rlimit limit;
+
+	return !getrlimit(RLIMIT_AS, &limit) && limit.rlim_cur != RLIM_INFINITY;
+}
+
+/* Bytes that this process has locked, as the kernel counts them; 0 when it does not tell. */
+static uint64_t locked_bytes(void)
+{
+	FILE *f = fopen("/proc/self/status", "re");
+	unsigned long long kib = 0;
+	char line[256];
+
+	while (f && fgets(line, sizeof(line), f))
+		if (sscanf(line, "VmLck: %llu", &kib) == 1)
+			break;
+	if (f)
+		fclose(f);
+	return kib * OM_KIB;
+}
+
+static int lock_failed(uint64_t bytes, int error)
+{
+	struct rlimit limit = { .rlim_cur = RLIM_INFINITY };
+	uint64_t locked = locked_bytes();
+
+	getrlimit(RLIMIT_MEMLOCK, &limit);
+	if (limit.rlim_cur == RLIM_INFINITY || bytes + locked <= limit.rlim_cur)
+		return om_err(OM_EDEVICE, "cannot lock %" PRIu64 " bytes of memory: %s", bytes,
+		              om_err_text(-error));
+	om_err(OM_ELIMIT,
+	       "cannot lock %" PRIu64 " bytes of memory: %" PRIu64 " are locked and RLIMIT_MEMLOCK "
+	       "allows %" PRIu64 "; raise it (ulimit -l, LimitMEMLOCK= of systemd, --ulimit "
+	       "memlock=-1 of docker) or give the process CAP_IPC_LOCK",
+	       bytes, locked, (uint64_t)limit.rlim_cur);
+	om_err_limit("RLIMIT_MEMLOCK", bytes, locked, limit.rlim_cur);
+	return OM_ELIMIT;
+}
+
+int om_host_lock(void *p, uint64_t bytes)
+{
+	if (om_fault(OM_FAULT_MAP))
+		return lock_failed(bytes, ENOMEM);
+	return mlock2(p, bytes, MLOCK_ONFAULT) ? lock_failed(bytes, errno) : 0;
+}
+
+void om_host_unlock(void *p, uint64_t bytes)
+{
+	if (bytes)
+		munlock(p, bytes);
+}
+
+bool om_host_discard_locked(void *p, uint64_t bytes)
+{
+	return !bytes || !madvise(p, bytes, MADV_DONTNEED_LOCKED);
 }
 
 void om_host_unmap(void *p, uint64_t bytes)

@@ -7,6 +7,7 @@
 #ifndef OM_DEV_H
 #define OM_DEV_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* Map `bytes` (a multiple of OM_PAGE, > 0). -ENOMEM on failure. */
@@ -17,5 +18,19 @@ void om_host_unmap(void *p, uint64_t bytes);
 int om_host_populate(void *p, uint64_t bytes);
 /* Give the pages back to the system; the next read sees zeros. */
 void om_host_discard(void *p, uint64_t bytes);
+
+/* Addresses for `bytes` (a multiple of OM_HUGE), mapped as om_host_map does, which nobody may touch before
+ * om_host_commit (page multiples; -ENOMEM when the system promises no more): until then they cost nothing,
+ * whatever the system's policy of overcommitting is. */
+int om_host_reserve(uint64_t bytes, void **ret);
+int om_host_commit(void *p, uint64_t bytes);
+/* Are addresses scarce (RLIMIT_AS)? */
+bool om_host_addresses_scarce(void);
+/* Keep the pages of a run, those to come too, out of the kernel's swap, or no longer. OM_ELIMIT (RLIMIT_MEMLOCK, with
+ * the sizes) or OM_EDEVICE. */
+int om_host_lock(void *p, uint64_t bytes);
+void om_host_unlock(void *p, uint64_t bytes);
+/* As om_host_discard for a locked run; false when the kernel cannot (before Linux 5.18): nothing has changed. */
+bool om_host_discard_locked(void *p, uint64_t bytes);
 
 #endif

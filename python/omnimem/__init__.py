@@ -19,6 +19,7 @@ from omnimem.errors import (
     LimitError,
 )
 from omnimem.nvme import NVMeOptimizer
+from omnimem.pools import BlockSnapshot, MemoryConfig, MemoryPoolManager, PoolStats
 from omnimem.pressure import MemoryPressureLevel, MemoryPressureMonitor
 from omnimem.simulation import SimulationResult, simulate
 from omnimem.store import BlockInfo, Event, GroupStats, Store, StoreStats, TierStats
@@ -49,6 +50,7 @@ __all__ = [
     "AdvancedMemorySwapper",
     "BaseSwapAlgorithm",
     "BlockInfo",
+    "BlockSnapshot",
     "BusyError",
     "Cache",
     "CacheConfig",
@@ -67,11 +69,14 @@ __all__ = [
     "Lease",
     "LimitError",
     "MemoryBlock",
+    "MemoryConfig",
+    "MemoryPoolManager",
     "MemoryPressureLevel",
     "MemoryPressureMonitor",
     "MemoryRegionType",
     "ModelWeightCache",
     "NVMeOptimizer",
+    "PoolStats",
     "SimulationResult",
     "Store",
     "StoreConfig",

@@ -192,6 +192,68 @@ class Block:
     def __dlpack_device__(self) -> tuple[int, int]: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+class Pools:
+    """One pool of memory a device: the base of `omnimem.MemoryPoolManager`."""
+
+    @property
+    def closed(self) -> bool: ...
+    def allocate(
+        self,
+        size: SupportsIndex | str,
+        device: str,
+        alignment: int = 256,
+        label: str | None = None,
+    ) -> MemoryBlock:
+        """Take a block of memory. Its content is what the last user left, or zeros.
+
+        Parameters
+        ----------
+        size : int or str
+            Bytes, or text such as "64MiB".
+        device : str
+            A key of `pool_sizes`.
+        alignment : int
+            The address is a multiple of it: a power of two up to 2 MiB.
+        label : str, optional
+            For reports: of blocks that nobody deallocated, and `snapshot`.
+
+        Raises
+        ------
+        LimitError
+            It does not fit: `need`, `used`, `limit`, and `which` pool; the text tells whether
+            free memory is only in pieces. For "pinned" also when RLIMIT_MEMLOCK is in the way.
+        DeviceError
+            There is no such device, and why.
+        ValueError
+            A size of 0, a wrong alignment, a device without a pool.
+        ClosedError
+            The manager is closed, or belongs to the process that forked this one.
+        """
+
+    def deallocate(self, block: MemoryBlock, /) -> None:
+        """Give a block back. What views see stays as it is until the last one goes.
+
+        Raises
+        ------
+        ValueError
+            It was deallocated before, or is no block of this manager.
+        """
+
+    def _open(
+        self, device: str, limit: int, decay: float, fragmentation: float, locked: bool, /
+    ) -> None: ...
+    def _stats(self, device: str, /) -> tuple[Any, ...]: ...
+    def _trim(self, device: str, /) -> int: ...
+    def _set_limit(self, device: str, limit: int, /) -> None: ...
+    def _blocks(self, device: str, /) -> list[MemoryBlock]: ...
+    def _block(self, device: str, number: int, /) -> MemoryBlock | None: ...
+    def _victims(
+        self, size: SupportsIndex | str, device: str, alignment: int, /
+    ) -> list[MemoryBlock]: ...
+    def _snapshot(self, device: str, /) -> list[tuple[Any, ...]]: ...
+    def _check(self, device: str, /) -> None: ...
+    def _close(self) -> None: ...
+
 @final
 class Lease:
     """The right to a block's bytes: a context manager, a buffer (1-D uint8), a DLPack producer.
@@ -446,8 +508,9 @@ def encode(data: _Data, dtype: str | None = None, coding: str = "auto") -> bytes
     dtype
         What its elements are; by default what `data` says. A hint: any bytes can be encoded.
     coding
-        "fast", a third off bfloat16 at the rate of memory; "balanced", two percent more off at a
-        third of that rate; or "auto", which is "fast".
+        "fast", three tenths off bfloat16; "balanced", a third off, decoded at less than half the
+        rate; or "auto", which is "fast". "none" keeps the bytes as they are, with the same
+        checksum: never None.
 
     Raises
     ------
@@ -456,16 +519,16 @@ def encode(data: _Data, dtype: str | None = None, coding: str = "auto") -> bytes
     """
 
 def encode_into(data: _Data, out: Buffer, dtype: str | None = None, coding: str = "auto") -> int:
-    """As `encode`, into the first bytes of `out`; returns how many, 0 for None.
+    """As `encode`, into the first bytes of `out`; returns how many. 0: None, or it does not fit.
 
     Raises
     ------
     ValueError
-        `out` has less than `encode_bound(nbytes)` bytes.
+        `out` has less than `encode_bound(nbytes)` bytes, with coding "none".
     """
 
 def encode_bound(nbytes: int, /) -> int:
-    """The bytes that `encode_into` needs room for."""
+    """The bytes that `encode_into` may need room for."""
 
 def decode(coded: Buffer, /) -> bytes:
     """The bytes that `encode` was given.
@@ -486,6 +549,7 @@ def decode_into(coded: Buffer, out: Buffer, check: bool = True) -> None:
 def coded_info(coded: Buffer, /) -> tuple[int, str]:
     """(plain bytes, coding) of what `encode` made; CorruptError for other bytes."""
 
+def _coded_compare(coded: Buffer, data: _Data, /) -> None: ...
 def _codec_use(path: str, /) -> bool: ...
 def simulate(
     ids: Buffer, capacity: int, policy: str, sizes: Buffer | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from omnimem import _core
 from omnimem._plan_choice import Rates
@@ -30,6 +31,7 @@ def measure(
     codings: Sequence[str],
     compute: Callable[[Store, str, str], float],
     *,
+    memory_bytes: int,
     io_backend: str = "auto",
 ) -> Rates:
     """Measure the disk, the codings and the model's arithmetic.
@@ -45,6 +47,8 @@ def measure(
     compute : callable
         Takes a store, the name of a block in it and its dtype: bytes per second that a decode pass
         goes through.
+    memory_bytes : int
+        What may be used for it; one tensor always is.
     io_backend : str
         As in `StoreConfig`.
 
@@ -53,30 +57,40 @@ def measure(
     Rates
         Bytes per second; medians of a few tries.
     """
+    encoded_as = _coding_of(tensors)
     largest = max(tensor.nbytes for tensor in tensors)
     limit = 4 * max(_READ, largest)
     with Store(StoreConfig(host_limit=limit, disk_limit=0, io_backend=io_backend)) as store:
-        read = _read_rate(store, tensors)
+        read = _read_rate(store, tensors, min(_READ, memory_bytes // 2))
         name, dtype = _sample(store, tensors, dtypes)
         speed = compute(store, name, dtype)
         decode, share = {}, {}
-        for coding in codings:
+        for coding in {*codings, *([encoded_as] if encoded_as else [])}:
             decode[coding], share[coding] = _decode_rate(store, name, coding)
-    encoded_as = None
-    if any(tensor.encoded_nbytes for tensor in tensors):
-        kept = sum(tensor.length for tensor in tensors) / sum(t.nbytes for t in tensors)
-        encoded_as = min(share, key=lambda coding: abs(share[coding] - kept)) if share else None
     return Rates(read, speed, decode, share, encoded_as)
 
 
-def _read_rate(store: Store, tensors: Sequence[Tensor]) -> float:
+def _coding_of(tensors: Sequence[Tensor]) -> str | None:
+    """How the file's bytes are encoded; None: they are not."""
+    encoded = [tensor for tensor in tensors if tensor.encoded_nbytes]
+    if not encoded:
+        return None
+    ranked = sorted(encoded, key=lambda tensor: tensor.nbytes)
+    typical = ranked[len(ranked) * 3 // 4]  # small ones may be stored as they are
+    with Path(typical.file).open("rb") as file:
+        file.seek(typical.offset)
+        coding = _core.coded_info(file.read(typical.length))[1]
+    return coding if coding in _KEEP else None
+
+
+def _read_rate(store: Store, tensors: Sequence[Tensor], most: int) -> float:
     """Read a stretch from the middle of the files, in pieces."""
     middle = len(tensors) // 3
     pieces: list[tuple[str, int, int]] = []
     for tensor in (*tensors[middle:], *tensors[:middle]):
         for at in range(0, tensor.length, _PIECE):
             nbytes = min(_PIECE, tensor.length - at)
-            if len(pieces) * _PIECE < _READ and nbytes >= min(MIB, tensor.length):
+            if len(pieces) * _PIECE < most and nbytes >= min(MIB, tensor.length):
                 pieces.append((tensor.file, tensor.offset + at, nbytes))
     names = [f"read-{number}" for number in range(len(pieces))]
     for name, piece in zip(names, pieces, strict=True):

@@ -140,7 +140,21 @@ def parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], FileIdentity]:
+@dataclass(frozen=True)
+class Header:
+    """The checked header of one safetensors file."""
+
+    raw: bytes
+    """Its text, padding included, as it is in the file after the 8 bytes of its length."""
+    tensors: dict[str, TensorInfo]
+    """In file order."""
+    metadata: dict[str, str]
+    """Its ``__metadata__``; empty where there is none."""
+    size: int
+    """Bytes of the whole file."""
+
+
+def read_header(path: Path) -> tuple[Header, FileIdentity]:
     """Read and check the header of one safetensors file.
 
     Parameters
@@ -150,10 +164,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], File
 
     Returns
     -------
-    tensors : dict of str to TensorInfo
-        In file order.
-    metadata : dict of str to str
-        The header's ``__metadata__``; empty where there is none.
+    header : Header
+        What it says.
     identity : FileIdentity
         The file whose header this is.
 
@@ -169,14 +181,42 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], File
         if not stat.S_ISREG(status.st_mode):
             raise FormatError(f"{path}: not a regular file; name a .safetensors file or a folder")
         raw = _read_header_bytes(file.fileno(), path, status.st_size)
+    return parse_header(raw, path, status.st_size), FileIdentity.of(status)
+
+
+def parse_header(raw: bytes, path: Path, size: int | None, what: str = "header") -> Header:
+    """Check the text of a header.
+
+    Parameters
+    ----------
+    raw : bytes
+        The text, of at most ``HEADER_CAP`` bytes.
+    path : Path
+        The file that it describes, for messages and for the tensors' place.
+    size : int, optional
+        Bytes of that file; None: it is as long as the header says.
+    what : str
+        What the text is, for messages.
+
+    Raises
+    ------
+    FormatError
+        The text breaks a rule of the format, or the file has another size.
+    """
+    if raw[:1] != b"{":
+        raise FormatError(
+            f"{path}: the {what} does not begin with '{{' (it begins with {raw[:1]!r}); this is "
+            "not a safetensors file"
+        )
     start = 8 + len(raw)
-    header = parse_json(raw, path, "header")
-    metadata = _check_metadata(header.pop("__metadata__", None), path)
+    entries = parse_json(raw, path, what)
+    metadata = _check_metadata(entries.pop("__metadata__", None), path)
     tensors = {
-        name: _check_tensor(name, entry, path, start, status.st_size)
-        for name, entry in header.items()
+        name: _check_tensor(name, entry, path, start, size) for name, entry in entries.items()
     }
-    return _check_tiling(tensors, path, start, status.st_size), metadata, FileIdentity.of(status)
+    if size is None:
+        size = max((info.offset + info.nbytes for info in tensors.values()), default=start)
+    return Header(raw, _check_tiling(tensors, path, start, size), metadata, size)
 
 
 def _read_header_bytes(descriptor: int, path: Path, size: int) -> bytes:
@@ -206,13 +246,7 @@ def _read_header_bytes(descriptor: int, path: Path, size: int) -> bytes:
             )
         parts.append(part)
         position += len(part)
-    raw = b"".join(parts)
-    if raw[:1] != b"{":
-        raise FormatError(
-            f"{path}: the header does not begin with '{{' (it begins with {raw[:1]!r}); this is "
-            "not a safetensors file"
-        )
-    return raw
+    return b"".join(parts)
 
 
 def _check_metadata(metadata: object, path: Path) -> dict[str, str]:
@@ -235,7 +269,7 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < SIZE_LIMIT
 
 
-def _check_tensor(name: str, entry: object, path: Path, start: int, size: int) -> TensorInfo:
+def _check_tensor(name: str, entry: object, path: Path, start: int, size: int | None) -> TensorInfo:
     where = f"{path}: tensor {name!r}"
     if not name.isascii():
         try:
@@ -265,7 +299,7 @@ def _check_tensor(name: str, entry: object, path: Path, start: int, size: int) -
     begin, end = offsets
     if begin > end:
         raise FormatError(f"{where}: begins at byte {begin} of the data, after its end at {end}")
-    if end > size - start:
+    if size is not None and end > size - start:
         raise FormatError(
             f"{where}: ends at byte {end} of the data, of which the file has {size - start}; the "
             "file is cut off, fetch it again"

@@ -138,7 +138,8 @@ class Streamed(Uncopied):
         one: what is fetched ahead counts in the pass before the one that uses it),
         `bytes_last_pass`, `seconds_last_pass`, `stall_seconds`,
         `stall_last_pass`, `read_bytes_per_second` (of the device while it reads), `enters`,
-        `packed_bytes` (memory of what stays encoded), `bytes_decoded`, `decode_bytes_per_second`,
+        `packed_bytes` (memory of what stays encoded), `bytes_decoded`, `decode_bytes_per_second`
+        (without the first time of each block, when it is compared with its checksum),
         `hits` (streamed units whose bytes were there), `mispredicted`, `resident_bytes`,
         `used_bytes`, `peak_bytes`, `exported_bytes`, `io_backend`, `io_reason`.
         """
@@ -160,7 +161,7 @@ class Streamed(Uncopied):
             "packed_bytes": own["packed_bytes"],
             "bytes_decoded": own["decoded_bytes"],
             "decode_bytes_per_second": (
-                own["decoded_bytes"] / own["decode_seconds"] if own["decode_seconds"] else None
+                own["timed_bytes"] / own["timed_seconds"] if own["timed_seconds"] else None
             ),
             "enters": own["enters"],
             "hits": own["hits"],

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 REGIONS = tuple(MemoryRegionType)
 # The core's clock is time.monotonic(); users compare with time.time().
-_EPOCH = time.time() - time.monotonic()
+EPOCH = time.time() - time.monotonic()
 
 
 class _State(NamedTuple):
@@ -47,6 +47,8 @@ class _State(NamedTuple):
     pinned: bool
     swapped: bool
     blank: bool
+    device: str
+    label: str | None
 
 
 class _Field(Generic[T]):
@@ -89,12 +91,14 @@ def _place(offset: int | None) -> str:
 
 
 class MemoryBlock(_core.Block):
-    """A named block of bytes, in memory or swapped out; it holds no bytes itself.
+    """A block of bytes, of a swapper (in memory or swapped out) or of a pool; it holds none itself.
 
     `memoryview(block)`, `numpy.asarray(block)` and `torch.from_dlpack(block)` bring the bytes in
     and hold them for as long as the view lives. Several views share the memory and may write to
     it; what they wrote is what comes back after a swap. (Memory that was given read-only with
     `take=True` stays read-only until it is swapped out.)
+
+    A pool's block has its bytes from `allocate` to `deallocate`; views that exist then keep them.
 
     Built by a user it is *unbound*: a record of the values given, without memory. Those that a
     swapper or a pool returns are *bound*: every attribute is read anew from the core.
@@ -112,7 +116,7 @@ swap_location, ref_count, pinned, device
     Raises
     ------
     BufferError
-        On a view of an unbound block.
+        On a view of an unbound block, or of one that was deallocated.
     KeyError
         On a view of a block that was unregistered.
     """
@@ -171,10 +175,10 @@ swap_location, ref_count, pinned, device
         "Whether there are bytes, in memory or below: not before the first access.",
     )
     timestamp = _Field[float](
-        lambda s: _EPOCH + s.created, "When the block was made, in seconds since the epoch."
+        lambda s: EPOCH + s.created, "When the block was made, in seconds since the epoch."
     )
     last_access_time = _Field[float](
-        lambda s: _EPOCH + s.accessed,
+        lambda s: EPOCH + s.accessed,
         "When it was last accessed, in seconds since the epoch; registering counts.",
     )
     access_count = _Field[int](lambda s: s.accesses, "Accesses so far; registering is the first.")
@@ -189,7 +193,15 @@ swap_location, ref_count, pinned, device
     pinned = _Pinned(
         lambda s: s.pinned, "Whether the bytes, once in memory, stay there; can be set at any time."
     )
-    device = _Field[str](lambda s: "cpu", "Where views of it are.")
+    device = _Field[str](
+        lambda s: s.device, 'Where the bytes are; views of "pinned" are the CPU\'s.'
+    )
+
+    @property
+    def label(self) -> str | None:
+        """What `allocate` was told, until the block is deallocated."""
+        state = self._state()
+        return None if state is None else _State(*state).label
 
     def __repr__(self) -> str:
         where = "unbound"

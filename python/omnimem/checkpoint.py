@@ -4,6 +4,9 @@
 Tensors are grouped into units, one for each module that is loaded as a whole: a decoder layer, a
 vision block, a merger, an embedding, a head. ``read`` brings one tensor into memory through a store
 of the checkpoint's own, in place, without mapping the file.
+
+Packed files (see ``omnimem.packed``) are taken like others: types, shapes and sizes are those of
+the original, and ``read`` decodes.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ._safetensors import HEADER_CAP, FileIdentity, TensorInfo, parse_json, read_header
+from ._packed_header import Shard, read_shard
+from ._safetensors import HEADER_CAP, FileIdentity, TensorInfo, parse_json
 from ._units import Unit, unit_names
 from .errors import ClosedError, CorruptError, FormatError
 
@@ -41,15 +45,16 @@ class Checkpoint:
         self,
         path: Path,
         tensors: dict[str, TensorInfo],
-        files: dict[str, FileIdentity],
-        metadata: dict[str, str],
+        shards: dict[str, Shard],
     ) -> None:
         self.path = path
         """The file or folder that was opened."""
-        self.metadata = metadata
+        self.metadata: dict[str, str] = {}
         """The headers' ``__metadata__``; a later file's value wins over an earlier one's."""
+        for shard in shards.values():
+            self.metadata.update(shard.metadata)
         self._tensors = tensors
-        self._files = files
+        self._shards = shards
         self._store: Store | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -79,13 +84,13 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, decoded."""
         return sum(info.nbytes for info in self._tensors.values())
 
     @property
     def files(self) -> list[str]:
         """Paths of the files that hold the tensors, in order."""
-        return list(self._files)
+        return list(self._shards)
 
     def units(self) -> list[Unit]:
         """Group the tensors by module, in file order of each unit's first tensor."""
@@ -107,8 +112,8 @@ class Checkpoint:
         CorruptError
             A file is another one, or has another size or time of change, or is gone.
         """
-        for path in [file] if file is not None else self._files:
-            known = self._files[path]
+        for path in [file] if file is not None else self._shards:
+            known = self._shards[path].identity
             try:
                 now = FileIdentity.of(os.stat(path))
             except OSError as error:
@@ -142,20 +147,19 @@ class Checkpoint:
         KeyError
             No such tensor.
         CorruptError
-            The file changed since it was opened.
+            The file changed since it was opened, or the tensor's encoded form is damaged.
         IOFailure
             The file cannot be read.
         ClosedError
             The checkpoint is closed.
         """
         info = self.info(name)
-        dtype, shape = _dense_view(info)
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self.path}: the checkpoint is closed; open it again")
             self.check_unchanged(info.file)
             store = self._own_store()
-            store.add_file(name, info.file, info.offset, info.nbytes, dtype=dtype, shape=shape)
+            add_tensor(store, name, info)
             try:
                 return store.lease(name)
             finally:
@@ -165,7 +169,8 @@ class Checkpoint:
         if self._store is None:
             from . import Store, StoreConfig
 
-            largest = max((info.nbytes for info in self._tensors.values()), default=0)
+            infos = self._tensors.values()
+            largest = max((max(i.nbytes, i.encoded_nbytes or 0) for i in infos), default=0)
             limit = self.total_bytes + 2 * largest + _STORE_SLACK
             self._store = Store(StoreConfig(host_limit=limit, disk_limit=0))
         return self._store
@@ -192,7 +197,7 @@ class Checkpoint:
     def __repr__(self) -> str:
         return (
             f"<Checkpoint {os.fspath(self.path)!r}: {len(self._tensors)} tensors, "
-            f"{self.total_bytes} bytes, {len(self._files)} files>"
+            f"{self.total_bytes} bytes, {len(self._shards)} files>"
         )
 
 
@@ -236,20 +241,18 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
 
 def _collect(place: Path, paths: Iterable[Path]) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
-    files: dict[str, FileIdentity] = {}
-    metadata: dict[str, str] = {}
+    shards: dict[str, Shard] = {}
     for path in paths:
-        found, extra, identity = read_header(path)
-        for name in found:
+        shard = read_shard(path)
+        for name in shard.tensors:
             if name in tensors:
                 raise FormatError(
                     f"{path}: tensor {name!r} is in {tensors[name].file} too; one of the shards "
                     "belongs to another checkpoint"
                 )
-        tensors.update(found)
-        metadata.update(extra)
-        files[os.fspath(path)] = identity
-    return Checkpoint(place, tensors, files, metadata)
+        tensors.update(shard.tensors)
+        shards[os.fspath(path)] = shard
+    return Checkpoint(place, tensors, shards)
 
 
 def _open_index(folder: Path) -> Checkpoint:
@@ -294,6 +297,16 @@ def _open_index(folder: Path) -> Checkpoint:
                 "both again"
             )
     return checkpoint
+
+
+def add_tensor(store: Store, name: str, info: TensorInfo) -> None:
+    """Add a tensor to a store, as a block of its name that is read in place."""
+    dtype, shape = _dense_view(info)
+    decoded = None if info.encoded_nbytes is None else info.nbytes
+    nbytes = info.nbytes if info.encoded_nbytes is None else info.encoded_nbytes
+    store.add_file(
+        name, info.file, info.offset, nbytes, dtype=dtype, shape=shape, decoded_nbytes=decoded
+    )
 
 
 def _dense_view(info: TensorInfo) -> tuple[str, tuple[int, ...]]:

@@ -183,16 +183,24 @@ def _measure(plan: Plan, files: checkpoint.Checkpoint, compression: str, io_back
     ]
     dtypes = [files.info(tensor.name).dtype for tensor in tensors]
     codings = CODINGS if compression == "auto" else (compression,)
-    return measure(tensors, dtypes, codings, _compute_rate, io_backend=io_backend)
+    return measure(
+        tensors,
+        dtypes,
+        codings,
+        _compute_rate,
+        memory_bytes=plan.budget_bytes,
+        io_backend=io_backend,
+    )
 
 
 def _compute_rate(store: Store, name: str, dtype: str) -> float:
     """Bytes of weights per second in the product with one token."""
     width = 1024
+    kind = getattr(torch, dtype, torch.uint8)
     with store.lease(name) as lease, torch.inference_mode():
-        size = getattr(torch, dtype).itemsize
+        size = kind.itemsize
         rows = memoryview(lease).nbytes // (width * size)
-        if not rows or not getattr(torch, dtype).is_floating_point or size == 1:
+        if not rows or not kind.is_floating_point or size == 1:
             return _SOME_RATE
         weights = from_dlpack(lease.window(0, dtype, (rows, width)))
         token = torch.ones(1, width, dtype=weights.dtype)

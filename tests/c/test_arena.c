@@ -60,6 +60,73 @@ static void model_take(struct model *m, uint64_t offset, uint64_t n)
 	m->count++;
 }
 
+/* By handle nothing is missed, and an owner is told by its number, 1 + the granule of its record. */
+static void step_take(struct model *m, unsigned long long *seed, uint64_t biggest)
+{
+	uint64_t bytes = 1 + om_test_random(seed) % (biggest * GRANULE), offset;
+	uint64_t n = (bytes + GRANULE - 1) / GRANULE, align = 0, room;
+	uint32_t owner = (uint32_t)om_test_random(seed), handle = 0;
+	struct om_tile t;
+
+	if (om_test_random(seed) % 4 == 0)
+		align = UINT64_C(1) << om_test_random(seed) % 18;
+	room = model_largest(m, align > GRANULE ? align / GRANULE : 1);
+	int code = om_arena_take(m->arena, bytes, align, owner, &handle, &offset);
+
+	CHECK_EQ(code, n <= room ? 0 : -ENOSPC);
+	if (code)
+		return;
+	CHECK(!align || offset % align == 0);
+	model_take(m, offset, n);
+	t = om_arena_tile(m->arena, handle);
+	CHECK(t.used && t.owner == owner && t.handle == handle);
+	CHECK_EQ(t.offset, offset);
+	CHECK_EQ(t.bytes, n * GRANULE);
+}
+
+static void step_give(struct model *m, unsigned long long *seed)
+{
+	uint64_t left = m->count ? om_test_random(seed) % m->count : 0;
+	struct om_tile t = om_arena_beside(m->arena, 0, true);
+	uint32_t hole;
+
+	for (; t.handle; t = om_arena_beside(m->arena, t.handle, true))
+		if (t.used && left-- == 0)
+			break;
+	if (!t.handle)
+		return;
+	for (uint64_t i = t.offset / GRANULE; i < (t.offset + t.bytes) / GRANULE; i++) {
+		CHECK_EQ(m->owner[i], t.offset / GRANULE + 1);
+		m->owner[i] = 0;
+		m->used--;
+	}
+	m->count--;
+	hole = om_arena_give(m->arena, t.handle);
+	CHECK(!om_arena_tile(m->arena, hole).used);
+	CHECK(om_arena_tile(m->arena, hole).offset <= t.offset);
+	CHECK(om_arena_tile(m->arena, hole).bytes >= t.bytes);
+}
+
+/* The walk over holes finds all of at least `least`, each once. */
+static void compare_holes(const struct model *m, uint64_t least)
+{
+	uint64_t want = 0, have = 0;
+	uint32_t hole = 0;
+
+	for (uint64_t at = 0, end; at < m->size; at = end + 1) {
+		for (end = at; end < m->size && !m->owner[end];)
+			end++;
+		want += end - at >= least ? end - at : 0;
+	}
+	while ((hole = om_arena_next_hole(m->arena, hole, least * GRANULE)) != 0) {
+		struct om_tile t = om_arena_tile(m->arena, hole);
+
+		CHECK(!t.used && t.handle == hole);
+		have += t.bytes >= least * GRANULE ? t.bytes / GRANULE : 0;
+	}
+	CHECK_EQ(have, want);
+}
+
 static void step_alloc(struct model *m, unsigned long long *seed, uint64_t biggest)
 {
 	uint64_t bytes = 1 + om_test_random(seed) % (biggest * GRANULE), offset;
@@ -157,6 +224,29 @@ static void test_model(unsigned long long seed)
 		else
 			step_free(m, &seed);
 		model_compare(m);
+	}
+	om_arena_destroy(m->arena);
+	om_free(m);
+}
+
+static void test_by_handle(unsigned long long seed)
+{
+	struct model *m = om_alloc(1, sizeof(*m));
+
+	CHECK(m);
+	m->size = om_test_random(&seed) % (MAX_N + 1);
+	CHECK_EQ(om_arena_create_by_handle(m->size * GRANULE, GRANULE, &m->arena), 0);
+	for (int i = 0; i < 3000; i++) {
+		unsigned fill = i / 500 % 2 ? 35 : 60, dice = om_test_random(&seed) % 100;
+
+		if (dice < fill)
+			step_take(m, &seed, i / 1000 % 2 ? 200 : 12);
+		else if (dice < fill + 4)
+			step_resize(m, &seed);
+		else
+			step_give(m, &seed);
+		model_compare(m);
+		compare_holes(m, 1 + om_test_random(&seed) % 100);
 	}
 	om_arena_destroy(m->arena);
 	om_free(m);
@@ -341,6 +431,8 @@ int main(void)
 	test_huge();
 	for (unsigned long long seed = 1; seed <= 8; seed++)
 		test_model(seed * 7919);
+	for (unsigned long long seed = 1; seed <= 4; seed++)
+		test_by_handle(seed * 104729);
 	test_faults();
 	test_utilisation();
 	return 0;

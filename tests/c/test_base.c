@@ -141,6 +141,8 @@ static void test_clock(void)
 	uint64_t before = om_now();
 
 	CHECK(om_now() >= before);
+	CHECK(om_now_coarse() <= om_now());
+	CHECK(om_now_coarse() + OM_NSEC / 10 >= before);
 	CHECK(om_deadline(OM_NSEC) >= before + OM_NSEC);
 	CHECK(om_deadline(UINT64_MAX) == UINT64_MAX);
 	CHECK(om_deadline(UINT64_MAX - 1) == UINT64_MAX); /* saturates */

@@ -4,6 +4,7 @@
  */
 #include <errno.h>
 #include <math.h>
+#include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -386,6 +387,55 @@ static void test_frames(void)
 	free(data);
 }
 
+struct share {
+	const struct om_coded *c;
+	uint8_t *ret;
+	uint64_t *next;
+};
+
+static void *decode_share(void *arg)
+{
+	struct share *s = arg;
+
+	for (;;) {
+		uint64_t part = __atomic_fetch_add(s->next, 2, __ATOMIC_RELAXED);
+
+		if (part >= s->c->parts)
+			return NULL;
+		CHECK_EQ(om_coded_part(s->c, part, OM_MIN(s->c->parts - part, 2), s->ret), 0);
+	}
+}
+
+/* Several threads decode one block, two parts at a time. */
+static void test_threads(void)
+{
+	size_t nbytes = 9 * PART + 1000, room = om_encode_bound(nbytes);
+	uint8_t *data = bytes_of(nbytes), *coded = bytes_of(room);
+	uint8_t *ret = aligned_alloc(64, om_up(nbytes, 64));
+
+	weights(BF16, data, nbytes);
+	for (int coding = OM_CODING_FAST; coding <= OM_CODING_BALANCED; coding++) {
+		uint64_t bytes, next = 0;
+		struct om_coded c;
+		struct share share = { &c, ret, &next };
+		pthread_t threads[3];
+
+		CHECK_EQ(om_encode(data, nbytes, &descs[BF16], coding, coded, room, &bytes), 0);
+		CHECK_EQ(om_coded_open(coded, bytes, &c), 0);
+		CHECK(c.stream);
+		memset(ret, 0, nbytes);
+		for (size_t i = 0; i < 3; i++)
+			CHECK_EQ(pthread_create(&threads[i], NULL, decode_share, &share), 0);
+		for (size_t i = 0; i < 3; i++)
+			CHECK_EQ(pthread_join(threads[i], NULL), 0);
+		CHECK_EQ(om_coded_check(&c, ret), 0);
+		CHECK(!memcmp(ret, data, nbytes));
+	}
+	free(ret);
+	free(coded);
+	free(data);
+}
+
 static void test_refused(void)
 {
 	size_t nbytes = PART;
@@ -397,7 +447,10 @@ static void test_refused(void)
 	CHECK_EQ(om_encode(data, nbytes, NULL, -1, coded, room, &bytes), OM_EVALUE);
 	CHECK_EQ(bytes, 0);
 	CHECK_EQ(om_encode(data, nbytes, NULL, 3, coded, room, &bytes), OM_EVALUE);
-	CHECK_EQ(om_encode(data, nbytes, NULL, OM_CODING_FAST, coded, room - 1, &bytes), OM_EVALUE);
+	for (uint64_t less = 0; less < room; less += 31 * 64 + 1) { /* it fits, or it is not made */
+		CHECK_EQ(om_encode(data, nbytes, NULL, OM_CODING_FAST, coded, less, &bytes), 0);
+		CHECK(bytes <= less);
+	}
 	CHECK_EQ(om_encode(data, UINT64_MAX / 2, NULL, OM_CODING_FAST, coded, room, &bytes),
 	         OM_EVALUE);
 	CHECK_EQ(om_encode(data, 0, NULL, OM_CODING_FAST, coded, room, &bytes), 0);
@@ -630,7 +683,6 @@ static void test_cut(void)
 
 int main(void)
 {
-	test_cut();
 	test_types();
 	test_sizes();
 	test_patterns();
@@ -638,8 +690,10 @@ int main(void)
 	test_sample_is_wrong();
 	test_stored();
 	test_frames();
+	test_threads();
 	test_refused();
 	test_no_memory();
+	test_cut();
 	test_damage();
 	return 0;
 }

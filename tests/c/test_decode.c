@@ -40,9 +40,8 @@ static void check(struct om_store *s)
 
 static const char *name_of(int i)
 {
-	static char names[BLOCKS][8];
+	static const char *const names[BLOCKS] = { "b0", "b1", "b2", "b3", "b4", "b5" };
 
-	snprintf(names[i], sizeof(names[i]), "b%d", i);
 	return names[i];
 }
 

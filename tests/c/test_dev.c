@@ -212,10 +212,70 @@ static void test_populate_beside_writer(void)
 	om_host_unmap(w.p, w.bytes);
 }
 
+/* Addresses cost nothing, whatever their number; what is committed is as what is mapped. */
+static void test_reserve(void)
+{
+	uint64_t all = UINT64_C(64) << 30;
+	unsigned char *p;
+
+	CHECK_EQ(om_host_reserve(all, (void **)&p), 0);
+	CHECK_EQ((uintptr_t)p % OM_HUGE, 0);
+	CHECK_EQ(om_host_commit(p + OM_HUGE, 4 * OM_HUGE), 0);
+	CHECK_EQ(resident_pages(p + OM_HUGE, 4 * OM_HUGE), 0);
+	p[2 * OM_HUGE] = 7;
+	CHECK(resident_pages(p + OM_HUGE, 4 * OM_HUGE) > 0);
+	om_host_discard(p + OM_HUGE, 4 * OM_HUGE);
+	CHECK_EQ(resident_pages(p + OM_HUGE, 4 * OM_HUGE), 0);
+	CHECK_EQ(p[2 * OM_HUGE], 0);
+	om_host_unmap(p, all);
+	CHECK_EQ(om_host_reserve(OM_PAGE + 1, (void **)&p), OM_EVALUE);
+	om_fault_arm(OM_FAULT_MAP, 1, true);
+	CHECK_EQ(om_host_reserve(OM_HUGE, (void **)&p), -ENOMEM);
+	CHECK_EQ(om_host_commit(NULL, OM_PAGE), -ENOMEM);
+	om_fault_reset();
+}
+
+/* Locking touches nothing, and is refused with the limit's name. */
+static void child_lock(void *arg)
+{
+	struct rlimit limit = { 4 * OM_PAGE, 4 * OM_PAGE };
+	unsigned char *p;
+
+	(void)arg;
+	CHECK_EQ(om_host_map(OM_HUGE, (void **)&p), 0);
+	if (geteuid() == 0)
+		CHECK(!setuid(65534));
+	CHECK(!setrlimit(RLIMIT_MEMLOCK, &limit));
+	CHECK_EQ(om_host_lock((void *)8, OM_PAGE), OM_EDEVICE); /* nothing is mapped there */
+	CHECK_EQ(om_host_lock(p, 2 * OM_PAGE), 0);
+	CHECK_EQ(resident_pages(p, OM_HUGE), 0);
+	p[0] = p[OM_PAGE] = 1;
+	if (om_host_discard_locked(p, OM_PAGE)) /* Linux 5.18 */
+		CHECK_EQ(p[0], 0);
+	CHECK_EQ(p[OM_PAGE], 1);
+	CHECK_EQ(om_host_lock(p, 8 * OM_PAGE), OM_ELIMIT);
+	CHECK_EQ(om_err_last()->limit, 4 * OM_PAGE);
+	CHECK_EQ(om_err_last()->used, 2 * OM_PAGE);
+	CHECK_EQ(strcmp(om_err_last()->which, "RLIMIT_MEMLOCK"), 0);
+	om_host_unlock(p, 2 * OM_PAGE);
+#if !SANITIZED /* whose munlock does nothing */
+	CHECK_EQ(om_host_lock(p + OM_HUGE / 2, 4 * OM_PAGE), 0);
+#endif
+	om_host_unmap(p, OM_HUGE);
+	CHECK(!om_host_addresses_scarce());
+	limit = (struct rlimit){ UINT64_C(1) << 40, UINT64_C(1) << 40 };
+#if !SANITIZED
+	CHECK(!setrlimit(RLIMIT_AS, &limit));
+	CHECK(om_host_addresses_scarce());
+#endif
+}
+
 int main(void)
 {
 	alarm(60);
 	test_map();
+	test_reserve();
+	in_child(child_lock, NULL);
 	test_bad_sizes();
 	test_populate();
 	in_child(child_old_kernel, NULL);

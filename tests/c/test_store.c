@@ -323,6 +323,74 @@ static void foreign_memory(void)
 	om_store_unref(s);
 }
 
+enum { FORMS = 4, FRAMES = 3 };
+static const char *const forms[FORMS] = { "e0", "e1", "e2", "e3" };
+
+/* Into the file, forms of the image from its beginning on, each of several frames, one of no bytes; end to
+ * end, or with a gap. `sizes`: of the plain bytes. */
+static void write_forms(struct om_file_range ranges[FORMS][FRAMES], uint64_t *sizes)
+{
+	static const enum om_coding codings[] = { OM_CODING_NONE, OM_CODING_FAST,
+		                                  OM_CODING_BALANCED };
+	uint8_t *coded = malloc(om_encode_bound(400000)), *plain = image;
+	uint64_t at = 4096 + 64, length;
+	FILE *f = fopen(path, "r+b");
+
+	for (size_t i = 0; i < sizeof(image); i++) /* the codings make something of it */
+		image[i] = (uint8_t)(i % 2 ? 60 + (i >> 8) % 4 : i * 7919 >> 5);
+	for (int b = 0; b < FORMS; b++) {
+		for (int i = 0; i < FRAMES; i++) {
+			uint64_t bytes = i == b ? 0 : 100000 + 70000 * (uint64_t)i;
+
+			CHECK_EQ(om_encode(plain, bytes, NULL, bytes ? codings[i] : OM_CODING_NONE,
+			                   coded, om_encode_bound(400000), &length),
+			         0);
+			CHECK(length);
+			ranges[b][i] = (struct om_file_range){ path, at, length };
+			CHECK(!fseek(f, (long)at, SEEK_SET));
+			CHECK(fwrite(coded, 1, length, f) == length);
+			at += length + (uint64_t)(b % 2) * 64;
+			plain += bytes;
+			sizes[b] += bytes;
+		}
+	}
+	fclose(f);
+	free(coded);
+}
+
+/* Blocks that are encoded in files have room of their own, and what is decoded is what was encoded. */
+static void read_encoded(void)
+{
+	struct om_store *s = open_store(16 << 20, 0);
+	struct om_file_range ranges[FORMS][FRAMES];
+	uint64_t sizes[FORMS] = { 0 }, bytes;
+	struct om_lease *leases[FORMS];
+	struct om_stats stats;
+
+	write_forms(ranges, sizes);
+	for (int b = 0; b < FORMS; b++)
+		CHECK_EQ(om_store_add_file(s, forms[b], NULL, ranges[b], FRAMES, sizes[b], NULL),
+		         0);
+	CHECK_EQ(om_store_encode(s, forms[0], OM_CODING_NONE, SOON, &bytes), OM_EVALUE);
+	for (int round = 0; round < 2; round++) {
+		const uint8_t *plain = image;
+
+		for (int b = 0; b < FORMS; b++)
+			CHECK_EQ(om_store_lease(s, forms[b], OM_READ, SOON, &leases[b]), 0);
+		CHECK_EQ(om_store_stats(s, &stats), 0);
+		CHECK(stats.host.used_bytes >= sizes[0] + sizes[1] + sizes[2] + sizes[3]);
+		for (int b = 0; b < FORMS; plain += sizes[b++]) {
+			CHECK(!memcmp(om_lease_data(leases[b]), plain, sizes[b]));
+			om_lease_unref(leases[b]);
+		}
+		check(s);
+		for (int b = 0; b < FORMS; b++)
+			CHECK_EQ(om_store_evict(s, forms[b], SOON), 1);
+	}
+	make_file();
+	om_store_unref(s);
+}
+
 int main(void)
 {
 	const char *io = getenv("OMNIMEM_IO");
@@ -332,6 +400,7 @@ int main(void)
 	make_file();
 	swap_round_trip();
 	read_in_place();
+	read_encoded();
 	moved_without_a_hash();
 	views_outlive_the_store();
 	tickets();

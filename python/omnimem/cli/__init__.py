@@ -1,4 +1,4 @@
-"""The command line: ``omnimem run``, ``omnimem synth``, ``omnimem demo``.
+"""The command line: ``omnimem run``, ``pack``, ``unpack``, ``synth``, ``demo``.
 
 Commands live in a module each; torch is imported only by the one that computes. What goes wrong is
 one line on stderr: exit code 2 for a wrong command line, 1 for anything else, 130 for Ctrl-C.
@@ -14,6 +14,7 @@ import click
 
 from omnimem import __version__
 from omnimem.cli.demo import demo_command
+from omnimem.cli.pack import pack_command, unpack_command
 from omnimem.cli.run import run_command
 from omnimem.cli.synth import synth_command
 from omnimem.errors import Error
@@ -27,7 +28,7 @@ def cli() -> None:
     """Run large models in less memory than their weights need."""
 
 
-for _command in (run_command, synth_command, demo_command):
+for _command in (run_command, pack_command, unpack_command, synth_command, demo_command):
     cli.add_command(_command)
 
 

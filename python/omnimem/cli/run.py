@@ -27,6 +27,13 @@ from omnimem.cli._common import (
 @click.option("--image", type=click.Path(path_type=Path), help="A picture to ask about.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option(
+    "--compression",
+    type=click.Choice(["auto", "fast", "balanced", "off"]),
+    default="auto",
+    show_default=True,
+    help="Keep weights encoded, without loss: where that is faster, as much as helps, or not.",
+)
+@click.option(
     "--verify",
     type=click.Choice(["always", "first"]),
     default="always",
@@ -45,6 +52,7 @@ def run_command(
     prompt: str,
     image: Path | None,
     max_new_tokens: int,
+    compression: str,
     verify: str,
     io_backend: str,
 ) -> None:
@@ -60,7 +68,13 @@ def run_command(
 
     tokenizer = load_tokenizer(model_dir)
     inputs = prepare(model_dir, prompt, image, tokenizer=tokenizer)
-    model: Any = omnimem_torch.load(model_dir, budget_bytes, verify=verify, io_backend=io_backend)
+    model: Any = omnimem_torch.load(
+        model_dir,
+        budget_bytes,
+        compression=None if compression == "off" else compression,
+        verify=verify,
+        io_backend=io_backend,
+    )
     try:
         writer = _TextWriter(tokenizer)
         made = generate(model, inputs, max_new_tokens, on_tokens=writer.update)
@@ -75,6 +89,8 @@ def run_command(
         "peak memory of the process": show_size(process_memory("VmHWM")),
         "bytes of weights": show_size(plan.weight_bytes),
         "budget": show_size(plan.budget_bytes),
+        "kept as it is": show_size(plan.resident_bytes),
+        "kept encoded": f"{show_size(stats['packed_bytes'])} ({plan.reason})",
         "bytes read per pass": (
             f"{show_size(stats['bytes_per_pass'])} (planned {show_size(plan.stream_bytes)})"
         ),
