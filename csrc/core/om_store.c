@@ -149,10 +149,10 @@ int om_store_create(const struct om_store_config *c, struct om_store **ret)
 	return 0;
 }
 
-/* No thread is left: every move that is not settled was queued only. */
-static void cancel_moves_locked(struct om_store *s)
+/* Fail every move, up to the first that settles by that: several blocks may go with it. */
+static bool cancel_one_locked(struct om_store *s)
 {
-	OM_LIST_FOREACH_SAFE(link, &s->blocks) {
+	OM_LIST_FOREACH(link, &s->blocks) {
 		struct om_block *b = om_container_of(link, struct om_block, all);
 		struct om_move *m = b->body ? b->body->move : NULL;
 
@@ -161,9 +161,19 @@ static void cancel_moves_locked(struct om_store *s)
 		om_err(OM_ECLOSED, "the store was closed while block '%s' moved", b->name);
 		om_move_fail(m);
 		om_list_del(&m->link);
-		if (!m->busy)
-			om_fetch_landed_locked(s, m);
+		if (m->busy)
+			continue;
+		om_fetch_landed_locked(s, m);
+		return true;
 	}
+	return false;
+}
+
+/* No thread is left: every move that is not settled was queued only. */
+static void cancel_moves_locked(struct om_store *s)
+{
+	while (cancel_one_locked(s))
+		;
 }
 
 /* Is it still there, it is leased: the leases' own references keep the bytes. */

@@ -784,6 +784,47 @@ static void readers_see_one_or_the_other(void)
 	om_store_unref(s);
 }
 
+static void *until_closed(void *arg)
+{
+	struct worker *w = arg;
+	struct om_lease *l;
+	int code = 0;
+
+	fill((uint32_t *)(void *)w->bytes, 90, 90);
+	while (code >= 0) {
+		code = om_store_put(w->s, "a", "c", w->bytes, 90 * PAGE, NULL, OM_CODING_FAST,
+		                    SOON);
+		if (code < 0)
+			break;
+		code = om_store_get(w->s, "c", "a", SOON, &l);
+		if (!code)
+			om_lease_unref(l);
+	}
+	CHECK_EQ(code, OM_ECLOSED);
+	return NULL;
+}
+
+static void closing_while_threads_are_inside(void)
+{
+	for (int turn = 0; turn < 20; turn++) {
+		struct om_store *s = open_cache(LIMIT, 0, 0);
+		struct worker workers[4];
+		pthread_t threads[4];
+
+		for (int i = 0; i < 4; i++) {
+			workers[i] = (struct worker){ s, 0, malloc(100 * PAGE), 0, 0 };
+			CHECK_EQ(pthread_create(&threads[i], NULL, until_closed, &workers[i]), 0);
+		}
+		usleep(5000);
+		CHECK_EQ(om_store_close(s), 0);
+		for (int i = 0; i < 4; i++) {
+			CHECK_EQ(pthread_join(threads[i], NULL), 0);
+			free(workers[i].bytes);
+		}
+		om_store_unref(s);
+	}
+}
+
 int main(void)
 {
 	CHECK(mkdtemp(dir) != NULL);
@@ -801,6 +842,7 @@ int main(void)
 	nothing_is_lost_when_memory_is_short(true);
 	threads_stay_below_the_limit();
 	readers_see_one_or_the_other();
+	closing_while_threads_are_inside();
 	CHECK_EQ(rmdir(dir), 0);
 	return 0;
 }
