@@ -21,6 +21,8 @@ MIB = 1 << 20
 _READ = 192 * MIB
 _PIECE = 8 * MIB
 _SAMPLE = 32 * MIB
+_COPIES = 4
+"""Of the sample, for arithmetic: together they are in no cache of the processor."""
 _TIMES = 5
 _KEEP = {"fast": 2, "balanced": 3}
 
@@ -29,7 +31,7 @@ def measure(
     tensors: Sequence[Tensor],
     dtypes: Sequence[str],
     codings: Sequence[str],
-    compute: Callable[[Store, str, str], float],
+    compute: Callable[[Store, Sequence[str], str], float],
     *,
     memory_bytes: int,
     io_backend: str = "auto",
@@ -45,8 +47,8 @@ def measure(
     codings : sequence of str
         Those to measure: "fast", "balanced".
     compute : callable
-        Takes a store, the name of a block in it and its dtype: bytes per second that a decode pass
-        goes through.
+        Takes a store, the names of blocks in it and their dtype: bytes per second that a decode
+        pass goes through.
     memory_bytes : int
         What may be used for it; one tensor always is.
     io_backend : str
@@ -63,10 +65,10 @@ def measure(
     with Store(StoreConfig(host_limit=limit, disk_limit=0, io_backend=io_backend)) as store:
         read = _read_rate(store, tensors, min(_READ, memory_bytes // 2))
         name, dtype = _sample(store, tensors, dtypes)
-        speed = compute(store, name, dtype)
         decode, share = {}, {}
         for coding in {*codings, *([encoded_as] if encoded_as else [])}:
             decode[coding], share[coding] = _decode_rate(store, name, coding)
+        speed = compute(store, _copies(store, name, memory_bytes), dtype)
     return Rates(read, speed, decode, share, encoded_as)
 
 
@@ -125,6 +127,17 @@ def _sample(store: Store, tensors: Sequence[Tensor], dtypes: Sequence[str]) -> t
             break
     store.add("sample", b"".join(parts), group="rates")
     return "sample", median[1]
+
+
+def _copies(store: Store, name: str, most: int) -> list[str]:
+    """More blocks of the same bytes, within `most` bytes."""
+    names = [name]
+    with store.lease(name) as lease:
+        sample = memoryview(lease)
+        while len(names) < _COPIES and (len(names) + 1) * sample.nbytes <= most:
+            names.append(f"{name}-{len(names)}")
+            store.add(names[-1], sample)
+    return names
 
 
 def _decode_rate(store: Store, name: str, coding: str) -> tuple[float, float]:

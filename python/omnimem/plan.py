@@ -28,6 +28,8 @@ __all__ = ["PAGE", "Plan", "Rates", "Run", "Tensor", "UnitPlan", "make_plan", "u
 
 CODINGS = ("fast", "balanced")
 _VISION = re.compile(r"(^|\.)(visual|vision\w*|image\w*|audio\w*)(\.|$)")
+_WORTH = 0.95
+"""Encoding has to save a twentieth of the expected time: rates are never quite right."""
 _USES_PER_REQUEST = 64.0
 """Tokens that a request is expected to generate: any number well above one gives the same plan."""
 
@@ -131,8 +133,8 @@ def _decide(
             units, budget, rates, (compression,), force=True
         ), f"{compression} is asked for"
     best = choose(units, budget, rates, CODINGS, force=False)
-    if best.coding is None or best.cost >= without.cost:
-        return without, f"keeping bytes encoded would not be faster ({_measured(rates)})"
+    if best.coding is None or best.cost > _WORTH * without.cost:
+        return without, f"keeping bytes encoded would hardly be faster ({_measured(rates)})"
     return best, (
         f"{best.coding}: a request is expected to take {best.cost / without.cost:.0%} of what it "
         f"takes with nothing kept encoded ({_measured(rates)})"
