@@ -45,7 +45,7 @@ def build(folder: Path) -> Path:
     program = folder / "pool_bench"
     sources = [str(path) for part in ("base", "plat", "core")
                for path in sorted((ROOT / "csrc" / part).glob("*.c"))]  # fmt: skip
-    libraries = ["-luring", "-lxxhash", "-ldl", "-lm", "-pthread"]
+    libraries = ["-luring", "-lxxhash", "-lzstd", "-ldl", "-lm", "-pthread"]
     command = [compiler, "-std=c11", "-D_GNU_SOURCE", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}",
                str(ROOT / "benchmarks" / "pool_bench.c"), *sources, "-o", str(program),
                *libraries]  # fmt: skip
