@@ -430,13 +430,14 @@ struct om_stream_unit {
 	size_t count;
 };
 struct om_stream_stats {
-	uint64_t enters, hits; /* of units with streamed blocks: entered, bytes were there */
-	uint64_t packed_bytes; /* of forms that are kept */
+	uint64_t enters, hits;  /* of units with streamed blocks: entered, bytes were there */
+	uint64_t packed_bytes;  /* of forms that are kept */
 	uint64_t decoded_bytes; /* plain bytes that were decoded */
-	uint64_t timed_bytes, timed_ns; /* of these, all but the first time of each block; how long it took */
-	uint64_t stall_ns;                 /* waited in enter */
-	uint64_t read_bytes;               /* of this stream's fills, supersets included */
-	uint64_t mispredicted;             /* enters that the recorded order did not foretell */
+	uint64_t timed_bytes,
+		timed_ns;    /* of these, all but the first time of each block; how long it took */
+	uint64_t stall_ns;   /* waited in enter */
+	uint64_t read_bytes; /* of this stream's fills, supersets included */
+	uint64_t mispredicted; /* enters that the recorded order did not foretell */
 };
 
 /* Units are numbered by their place in `units`. Their order is the first prediction; the recorded

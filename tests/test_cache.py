@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import omnimem
-from omnimem import CacheConfig, ModelWeightCache, Store, _core
+from omnimem import CacheConfig, ModelWeightCache, Store, _core, packed
 
 from .conftest import run_clean
 
@@ -359,6 +359,26 @@ def test_checkpoint_layers_come_on_first_use(folder: Path) -> None:
         assert cache.get("m", "empty").shape == (0, 1024)
         cache.clear()
         assert cache.contains("m", "w")
+        cache.store.check()
+
+
+@pytest.mark.parametrize("coding", ["fast", "balanced"])
+def test_packed_checkpoints_are_decoded(tmp_path: Path, coding: str) -> None:
+    rng = np.random.default_rng(5)
+    values = rng.standard_normal((512, 1024), dtype=np.float32)
+    plain, out = tmp_path / "plain", tmp_path / "packed"
+    plain.mkdir()
+    save_file({"w": values, "v": values[:3], "empty": values[:0]}, plain / "model.safetensors")
+    packed.pack(plain, out, coding)
+    with of_pages(1200) as cache:
+        assert cache.attach_checkpoint("m", out) == 3
+        assert np.array_equal(cache.get("m", "w", [7, 300, 2]).numpy(), values[[7, 300, 2]])
+        for _ in range(2):
+            assert np.array_equal(cache.get("m", "w").numpy(), values)
+            assert np.array_equal(cache.get("m", "v").numpy(), values[:3])
+            assert np.array_equal(cache.get("m", "w", slice(5, 9)).numpy(), values[5:9])
+            assert cache.get("m", "empty").shape == (0, 1024)
+            cache.clear()
         cache.store.check()
 
 

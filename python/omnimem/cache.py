@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from omnimem import _core, checkpoint
-from omnimem.checkpoint import _dense_view
 from omnimem.config import CacheConfig, StoreConfig, _positive_gib, parse_size
 from omnimem.errors import ClosedError
 from omnimem.store import GroupStats, Store
@@ -138,7 +137,8 @@ class ModelWeightCache(_core.Cache):
         model_key : str
             What the model is called.
         path : path
-            A safetensors file, or a folder as Hugging Face has them. It must stay as it is.
+            A safetensors file, or a folder as Hugging Face has them, packed or not. It must stay as
+            it is. Of a packed one, a layer is read whole for some of its rows.
 
         Returns
         -------
@@ -157,7 +157,8 @@ class ModelWeightCache(_core.Cache):
             try:
                 for name in files.names():
                     if not self.contains(model_key, name):
-                        self._attach(self._key(model_key, name), files.info(name))
+                        key = self._key(model_key, name)
+                        checkpoint.add_tensor(self._store, key, files.info(name), self._group)
                         attached.append(name)
                 files.check_unchanged()
             except BaseException:
@@ -165,15 +166,6 @@ class ModelWeightCache(_core.Cache):
                     self.remove(model_key, name)
                 raise
         return len(attached)
-
-    def _attach(self, key: str, info: checkpoint.TensorInfo) -> None:
-        dtype, shape = _dense_view(info)
-        if info.nbytes == 0:
-            self._store._add_zeros(key, 0, self._group, dtype, shape)
-            return
-        self._store.add_file(
-            key, info.file, info.offset, info.nbytes, dtype=dtype, shape=shape, group=self._group
-        )
 
     def evict_least_recently_used(self, target_size: int | str) -> int:
         """Have entries make way, oldest first, until at least so many bytes are free.

@@ -299,13 +299,20 @@ def _open_index(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def add_tensor(store: Store, name: str, info: TensorInfo) -> None:
+def add_tensor(store: Store, name: str, info: TensorInfo, group: str | None = None) -> None:
     """Add a tensor to a store, as a block of its name that is read in place."""
     dtype, shape = _dense_view(info)
-    decoded = None if info.encoded_nbytes is None else info.nbytes
+    decoded = info.nbytes if info.encoded_nbytes else None
     nbytes = info.nbytes if info.encoded_nbytes is None else info.encoded_nbytes
     store.add_file(
-        name, info.file, info.offset, nbytes, dtype=dtype, shape=shape, decoded_nbytes=decoded
+        name,
+        info.file,
+        info.offset,
+        nbytes,
+        dtype=dtype,
+        shape=shape,
+        group=group,
+        decoded_nbytes=decoded,
     )
 
 
