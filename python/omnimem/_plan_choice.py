@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from omnimem._plan_units import PLAIN, Tensor, UnitPlan, recut
@@ -19,6 +19,8 @@ from omnimem.errors import LimitError
 
 _TINY = 50
 """A unit below this fraction of the largest streamed one costs more to read than to keep."""
+_DISKS = (0.7, 1.0, 1.4)
+"""Disks are bursty: a plan is judged by the mean time at so many times the measured rate."""
 _SHARE_MARGIN = 1.01
 """What is encoded is expected to be so much longer than what a sample said."""
 
@@ -35,6 +37,8 @@ class Rates:
     """Of each coding, by the threads that a model's layer is decoded with."""
     share: dict[str, float]
     """Of each coding: the part of the size that is left."""
+    proof: float = math.inf
+    """Of what was read, compared with its checksum by the thread that waits for it."""
     encoded_as: str | None = None
     """The coding that the checkpoint's files have; None: they are plain."""
 
@@ -57,7 +61,8 @@ def pass_seconds(units: Iterable[UnitPlan], rates: Rates, *, decode: bool) -> fl
             coding = rates.encoded_as if run.keep is None and run.encoded else run.keep
             if coding in rates.decode:
                 busy += run.nbytes * unit.repeats / rates.decode[coding]
-    return max(busy, sum(unit.pass_bytes for unit in mine) / rates.read)
+    read = sum(unit.pass_bytes for unit in mine)
+    return max(busy + read / rates.proof, read / rates.read)
 
 
 def ring_bytes(units: Iterable[UnitPlan], *, encodes: bool) -> int:
@@ -141,8 +146,16 @@ def _cost(units: list[UnitPlan], rates: Rates | None, *, force: bool) -> float:
     if rates is None or force:
         return read
     tokens = max(unit.uses / unit.repeats for unit in units)
-    every = pass_seconds(units, rates, decode=True)
-    return (tokens - 1) * every + pass_seconds(units, rates, decode=False)
+    return _mean_seconds(units, rates, decode=True) * (tokens - 1) + _mean_seconds(
+        units, rates, decode=False
+    )
+
+
+def _mean_seconds(units: list[UnitPlan], rates: Rates, *, decode: bool) -> float:
+    return statistics.fmean(
+        pass_seconds(units, replace(rates, read=rates.read * times), decode=decode)
+        for times in _DISKS
+    )
 
 
 def _median_layer(units: Sequence[UnitPlan]) -> float:
@@ -234,7 +247,7 @@ def _split(
             recut(u, None if u.name in streamed else sizes.coding if u.name in packed else PLAIN)
             for u in cycle
         ]
-        seconds = 0.0 if force or rates is None else pass_seconds(made, rates, decode=False)
+        seconds = 0.0 if force or rates is None else _mean_seconds(made, rates, decode=False)
         if best is None or seconds < best[0]:
             best = seconds, streamed, packed
         if force or not packed:

@@ -68,8 +68,9 @@ def measure(
         decode, share = {}, {}
         for coding in {*codings, *([encoded_as] if encoded_as else [])}:
             decode[coding], share[coding] = _decode_rate(store, name, coding)
+        proof = _proof_rate(store, name)
         speed = compute(store, _copies(store, name, memory_bytes), dtype)
-    return Rates(read, speed, decode, share, encoded_as)
+    return Rates(read, speed, decode, share, proof, encoded_as)
 
 
 def _coding_of(tensors: Sequence[Tensor]) -> str | None:
@@ -127,6 +128,20 @@ def _sample(store: Store, tensors: Sequence[Tensor], dtypes: Sequence[str]) -> t
             break
     store.add("sample", b"".join(parts), group="rates")
     return "sample", median[1]
+
+
+def _proof_rate(store: Store, name: str) -> float:
+    """Bytes per second through a checksum: of a copy with one, and a copy without."""
+    times = {True: [], False: []}  # type: dict[bool, list[float]]
+    with store.lease(name) as lease:
+        form = _core.encode(lease, coding="none")
+        out = bytearray(len(memoryview(lease)))
+    assert form is not None
+    for check in (True, False) * _TIMES:
+        started = time.perf_counter()
+        _core.decode_into(form, out, check=check)
+        times[check].append(time.perf_counter() - started)
+    return len(out) / max(min(times[True]) - min(times[False]), 1e-6)
 
 
 def _copies(store: Store, name: str, most: int) -> list[str]:
