@@ -28,8 +28,8 @@ __all__ = ["PAGE", "Plan", "Rates", "Run", "Tensor", "UnitPlan", "make_plan", "u
 
 CODINGS = ("fast", "balanced")
 _VISION = re.compile(r"(^|\.)(visual|vision\w*|image\w*|audio\w*)(\.|$)")
-_WORTH = 0.95
-"""Encoding has to save a twentieth of the expected time: rates are never quite right."""
+_WORTH = 0.9
+"""Encoding has to save a tenth of the expected time: rates are never quite right."""
 _USES_PER_REQUEST = 64.0
 """Tokens that a request is expected to generate: any number well above one gives the same plan."""
 
