@@ -243,6 +243,8 @@ def _split(
         over = sum(unit.host_bytes for unit in rest) - room
         saved = {unit.name: unit.host_bytes - forms[unit.name] for unit in rest}
         packed = _fewest(cycle, rest, saved, sum(saved.values()) - over) if over > 0 else set()
+        if force and streamed:  # all of them: what that leaves keeps a part of another one plain
+            packed = set(saved)
         made = [
             recut(u, None if u.name in streamed else sizes.coding if u.name in packed else PLAIN)
             for u in cycle
