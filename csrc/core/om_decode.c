@@ -84,14 +84,6 @@ static bool form_lost(const struct om_decoding *d)
 	return d->read && d->read->settled && d->read->error->code;
 }
 
-/* The plain bytes are here: those that they came from need not be in memory too. */
-static void give_up_form_locked(struct om_store *s, struct om_block *form)
-{
-	if (form->host == OM_COPY_VALID && !form->leases && !form->pinned && !form->body->holds &&
-	    !form->body->move && om_block_clean(form))
-		om_room_drop_locked(s, form);
-}
-
 void om_decode_end_locked(struct om_store *s, struct om_move *m)
 {
 	struct om_decoding *d = m->decoding;
@@ -101,7 +93,7 @@ void om_decode_end_locked(struct om_store *s, struct om_move *m)
 	if (!form_lost(d)) {
 		om_fetch_unlease_locked(s, d->from);
 		if (!m->error->code && !om_list_empty(&d->from->all))
-			give_up_form_locked(s, d->from);
+			om_pack_give_up_locked(s, d->from);
 	}
 	om_move_unref(d->read);
 	om_block_unref(d->from);

@@ -65,22 +65,34 @@ static void count_loose_locked(struct om_store *s, struct om_group *g, int64_t b
 	s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
 }
 
+/* Memory that is loose; `whole`: a segment of its own, of that size. */
+static int reserve_loose_locked(struct om_store *s, struct om_group *g, uint64_t bytes, bool whole,
+                                uint64_t deadline_ns, struct om_extent *ret)
+{
+	int code;
+
+	bytes = om_up(OM_MAX(bytes, 1), OM_PAGE);
+	do { /* other threads may be quicker to take the room */
+		code = om_room_wait_locked(s, g, bytes, deadline_ns, NULL, 0);
+		if (!code)
+			code = whole ? om_pool_alloc(&s->pool, bytes, bytes, ret)
+			             : om_fetch_reserve_locked(s, g, bytes, ret);
+	} while (code == OM_ELIMIT && om_now() < deadline_ns && !s->closing &&
+	         bytes <= s->host_limit_bytes && (!g->limit_bytes || bytes <= g->limit_bytes));
+	if (!code)
+		count_loose_locked(s, g, (int64_t)ret->bytes);
+	return code;
+}
+
 /* Memory for bytes that come from a caller, filled without the lock: on no block yet. */
 static int copy_in_locked(struct om_store *s, struct om_group *g, const void *data, uint64_t nbytes,
                           uint64_t deadline_ns, struct om_extent *ret, uint64_t *ret_hash)
 {
-	uint64_t bytes = om_up(OM_MAX(nbytes, 1), OM_PAGE);
-	int code;
+	int code = reserve_loose_locked(s, g, nbytes, false, deadline_ns, ret);
 
-	do { /* other threads may be quicker to take the room */
-		code = om_room_wait_locked(s, g, bytes, deadline_ns, NULL, 0);
-		code = code ? code : om_fetch_reserve_locked(s, g, bytes, ret);
-	} while (code == OM_ELIMIT && om_now() < deadline_ns && !s->closing &&
-	         bytes <= s->host_limit_bytes && (!g->limit_bytes || bytes <= g->limit_bytes));
 	if (code)
 		return code;
 	s->adding++; /* close waits for us */
-	count_loose_locked(s, g, (int64_t)ret->bytes);
 	om_mutex_unlock(&s->lock);
 	memcpy(ret->ptr, data, nbytes);
 	*ret_hash = om_hash(ret->ptr, nbytes);
@@ -229,12 +241,11 @@ int om_block_lease_packed(struct om_store *s, struct om_block *b, uint64_t deadl
 	return om_store_leave_block(s, inner, code);
 }
 
-/* The owner's bytes are back: those that they came from need not be in memory too. */
-static void give_up_inner_locked(struct om_store *s, struct om_block *inner)
+void om_pack_give_up_locked(struct om_store *s, struct om_block *form)
 {
-	if (inner->host == OM_COPY_VALID && !inner->leases && !inner->body->holds &&
-	    om_block_clean(inner))
-		om_room_drop_locked(s, inner);
+	if (form->host == OM_COPY_VALID && !form->leases && !form->pinned && !form->body->holds &&
+	    !form->body->move && om_block_clean(form))
+		om_room_drop_locked(s, form);
 }
 
 int om_block_unpack(struct om_store *s, struct om_block *b, const void *data, uint64_t nbytes,
@@ -265,7 +276,7 @@ int om_block_unpack(struct om_store *s, struct om_block *b, const void *data, ui
 		s->counters.fills++;
 		s->counters.verified_bytes += nbytes;
 		s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
-		give_up_inner_locked(s, b->body->packed);
+		om_pack_give_up_locked(s, b->body->packed);
 	} else {
 		if (only_packed(b))
 			code = om_err(OM_ECORRUPT,
@@ -284,17 +295,7 @@ int om_block_unpack(struct om_store *s, struct om_block *b, const void *data, ui
 int om_pack_loose_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
                          uint64_t deadline_ns, struct om_extent *ret)
 {
-	int code;
-
-	bytes = om_up(OM_MAX(bytes, 1), OM_PAGE);
-	do { /* other threads may be quicker to take the room */
-		code = om_room_wait_locked(s, g, bytes, deadline_ns, NULL, 0);
-		code = code ? code : om_pool_alloc(&s->pool, bytes, bytes, ret);
-	} while (code == OM_ELIMIT && om_now() < deadline_ns && !s->closing &&
-	         bytes <= s->host_limit_bytes && (!g->limit_bytes || bytes <= g->limit_bytes));
-	if (!code)
-		count_loose_locked(s, g, (int64_t)ret->bytes);
-	return code;
+	return reserve_loose_locked(s, g, bytes, true, deadline_ns, ret);
 }
 
 void om_pack_cut_loose_locked(struct om_store *s, struct om_group *g, struct om_extent *mem,

@@ -198,6 +198,8 @@ void om_traffic_miss_locked(struct om_store *s, struct om_group *g, const char *
 /* The packed form of a block is of no use any more; its origin is none any more. */
 void om_pack_drop_locked(struct om_store *s, struct om_block *b);
 void om_pack_forget_origin_locked(struct om_store *s, struct om_block *b);
+/* The plain bytes are here: the form that they came from goes, if it need not be in memory too. */
+void om_pack_give_up_locked(struct om_store *s, struct om_block *form);
 /* A record for an encoded form, on the store's list, with a reference for its owner. */
 int om_pack_make_inner_locked(struct om_store *s, struct om_block *owner, uint64_t nbytes,
                               struct om_block **ret);

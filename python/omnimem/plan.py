@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 
 from omnimem._plan_choice import Choice, Rates, choose, pass_seconds, ring_bytes
 from omnimem._plan_units import PAGE, PLAIN, Run, Tensor, UnitPlan, runs_of
-from omnimem.config import format_size
 
 __all__ = ["PAGE", "Plan", "Rates", "Run", "Tensor", "UnitPlan", "make_plan", "uses_of"]
 
@@ -178,12 +177,3 @@ def _describe(choice: Choice, reason: str, budget: int, rates: Rates | None) -> 
         seconds_per_pass=pass_seconds(units, rates, decode=True) if rates else None,
     )
     return plan
-
-
-def summary(plan: Plan) -> str:
-    """What stays and what streams, in one line."""
-    return (
-        f"{format_size(plan.resident_bytes)} plain, {format_size(plan.packed_bytes)} encoded, "
-        f"ring {format_size(plan.ring_bytes)}; a token reads {format_size(plan.stream_bytes)} and "
-        f"decodes {format_size(plan.decode_bytes)}; {plan.reason}"
-    )
