@@ -180,6 +180,12 @@ PyObject *py_store_ranked(PyObject *, PyObject *);
 PyObject *py_store_events(PyObject *, PyObject *);
 PyObject *py_same_bytes(PyObject *, PyObject *);
 
+/* Use and pressure (py_usage.c). */
+PyObject *py_store_use_begin(PyObject *, PyObject *);
+PyObject *py_store_use_end(PyObject *, PyObject *);
+PyObject *py_store_usage(PyObject *, PyObject *);
+PyObject *py_store_press(PyObject *, PyObject *);
+
 /* encode, decode (py_codec.c). */
 PyObject *py_encode(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_encode_into(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
