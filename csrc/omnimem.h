@@ -603,6 +603,39 @@ struct om_memory {
  * use. Read anew at each call. `root` goes before every path (NULL: none), for tests. */
 int om_memory_now(const char *root, struct om_memory *ret);
 
+#define OM_PLACES 16
+#define OM_GPUS   16
+#define OM_UNTOLD UINT64_MAX /* the system does not tell it: never 0 */
+/* Where memory is limited. */
+struct om_place {
+	uint64_t limit_bytes; /* the lower of a cgroup's max and high */
+	uint64_t high_bytes;  /* above it a cgroup is slowed down; 0: nowhere */
+	uint64_t used_bytes;  /* page cache that can be dropped at once is not in use */
+	uint64_t available_bytes;
+	char source[256]; /* as in om_memory */
+};
+struct om_gpu {
+	unsigned index; /* NVML's */
+	char uuid[96], name[96];
+	uint64_t total_bytes, free_bytes;
+};
+/* How often limits of our cgroup and those above it were met, ever (version 1 tells MAX and OOM_KILL). */
+enum om_strain { OM_STRAIN_HIGH, OM_STRAIN_MAX, OM_STRAIN_OOM, OM_STRAIN_OOM_KILL, OM_STRAINS };
+struct om_sample {
+	uint64_t at_ns; /* om_now() */
+	struct om_place
+		places[OM_PLACES]; /* the system, and every cgroup with a limit, ours first */
+	unsigned place_count;
+	uint64_t swap_total_bytes, swap_free_bytes;
+	uint64_t rss_bytes;
+	/* Some thread, all threads waited for memory so long, ever: of our cgroup, else of the machine. */
+	uint64_t stall_some_us, stall_full_us;
+	uint64_t strains[OM_STRAINS];
+	struct om_gpu
+		gpus[OM_GPUS]; /* that this process may use; one cut into MIG devices is left out */
+	unsigned gpu_count;
+};
+
 enum om_level { OM_LOW, OM_MEDIUM, OM_HIGH, OM_CRITICAL };
 /* A level of pressure from shares in use, and its trend. A level is entered at once when the share
  * reaches its threshold, and left 0.05 below it. */
