@@ -289,7 +289,7 @@ static void peaks(void)
 	add(s, "small", 20);
 	CHECK_EQ(om_store_add_zeros(s, "none", "g", 64 * MIB, NULL), 0); /* never touched */
 	for (int i = 0; i < 3; i++) {
-		char name[16];
+		char name[32];
 		uint8_t *large = calloc(1, (size_t)(3 + i) * MIB);
 
 		snprintf(name, sizeof(name), "large-%d", i);

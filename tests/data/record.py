@@ -1,4 +1,4 @@
-"""Records what a monitor sees while a process of its own grows, saws or reads files in a memory cgroup.
+"""Records what a monitor sees of its process, which grows, saws or reads files in a cgroup.
 
 ``python tests/data/record.py SHAPE > tests/data/SHAPE.trace`` as root, with version 1 cgroups. The
 traces beside this file were made with it; tests/c/test_assess.c plays them back.
