@@ -26,7 +26,7 @@ from omnimem._plan_units import PAGE, PLAIN, Run, Tensor, UnitPlan, runs_of
 __all__ = ["PAGE", "Plan", "Rates", "Run", "Tensor", "UnitPlan", "make_plan", "uses_of"]
 
 CODINGS = ("fast", "balanced")
-_VISION = re.compile(r"(^|\.)(visual|vision\w*|image\w*|audio\w*)(\.|$)")
+VISION = re.compile(r"(^|\.)(visual|vision\w*|image\w*|audio\w*)(\.|$)")
 _WORTH = 0.9
 """Encoding has to save a tenth of the expected time: rates are never quite right."""
 _USES_PER_REQUEST = 64.0
@@ -73,7 +73,7 @@ class Plan:
 
 def uses_of(unit: str) -> float:
     """Expected uses of a unit per request, from its name."""
-    return 1.0 if _VISION.search(unit) else _USES_PER_REQUEST
+    return 1.0 if VISION.search(unit) else _USES_PER_REQUEST
 
 
 def make_plan(
