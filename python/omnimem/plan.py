@@ -16,6 +16,7 @@ blocks stays resident, plain or encoded, and the rest streams through a ring. Th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -145,10 +146,8 @@ def _measured(rates: Rates) -> str:
         f"{coding} {rate / 1e9:.1f} GB/s to {rates.share[coding]:.0%}"
         for coding, rate in rates.decode.items()
     )
-    return (
-        f"measured: disk {rates.read / 1e9:.2f} GB/s, computing {rates.compute / 1e9:.1f} GB/s, "
-        f"decoding {decode}"
-    )
+    computing = f"{rates.compute / 1e9:.1f} GB/s" if math.isfinite(rates.compute) else "unknown"
+    return f"measured: disk {rates.read / 1e9:.2f} GB/s, computing {computing}, decoding {decode}"
 
 
 def _describe(choice: Choice, reason: str, budget: int, rates: Rates | None) -> Plan:

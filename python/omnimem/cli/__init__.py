@@ -15,6 +15,7 @@ import click
 from omnimem import __version__
 from omnimem.cli.demo import demo_command
 from omnimem.cli.pack import pack_command, unpack_command
+from omnimem.cli.plan import plan_command
 from omnimem.cli.run import run_command
 from omnimem.cli.synth import synth_command
 from omnimem.errors import Error
@@ -28,7 +29,14 @@ def cli() -> None:
     """Run large models in less memory than their weights need."""
 
 
-for _command in (run_command, pack_command, unpack_command, synth_command, demo_command):
+for _command in (
+    run_command,
+    plan_command,
+    pack_command,
+    unpack_command,
+    synth_command,
+    demo_command,
+):
     cli.add_command(_command)
 
 

@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from omnimem.config import format_size, parse_size
 
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
@@ -43,6 +45,12 @@ def process_memory(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}; it takes Linux to measure this")
+
+
+def out_console() -> Console:
+    """Standard output: as wide as the terminal, or as wide as lines need where it is none."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=120)
 
 
 def show_size(nbytes: float) -> str:
