@@ -38,7 +38,7 @@ def _rate(context: click.Context, option: click.Parameter, text: str | None) -> 
     return float(rate)
 
 
-@click.command("plan")
+@click.command("plan", short_help="Tell what a budget of memory would keep, and the time it takes.")
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.option(
     "--ram",
