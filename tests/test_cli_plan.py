@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -238,7 +239,9 @@ def test_headers_alone_need_no_torch(tmp_path: Path) -> None:
 # ---- what people see ----
 
 
-def test_a_table_of_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_of_budgets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = run_plan(
         capsys, str(folder("tiny")), "--ram", "2MiB", "--ram", "60%", "--ram", "1GiB",
         "--no-measure", "--compression", "off",
@@ -247,6 +250,14 @@ def test_a_table_of_budgets(capsys: pytest.CaptureFixture[str]) -> None:
     head = next(line for line in out.splitlines() if line.startswith("budget"))
     assert head.split() == ["budget", "2.00", "MiB", "3.17", "MiB", "1.00", "GiB"]
     assert "streamed" not in out  # units are for one budget
+    many = run_plan(capsys, str(folder("tiny")), *["--ram", "2MiB"] * 9, "--no-measure")
+    assert len(re.findall(r"^budget", many, re.MULTILINE)) == 1
+    monkeypatch.setenv("COLUMNS", "80")
+    many = run_plan(capsys, str(folder("tiny")), *["--ram", "2MiB"] * 9, "--no-measure")
+    assert len(re.findall(r"^budget", many, re.MULTILINE)) == 3
+    heads = [line for line in many.splitlines() if line.startswith("budget")]
+    assert sum(line.count("2.00 MiB") for line in heads) == 9
+    assert "…" not in many
     assert f"The least budget is 1.77 MiB ({floor('tiny')} bytes)." in out
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from omnimem.config import format_size, parse_size
 
+_NO_TERMINAL = 1000
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
@@ -47,10 +48,10 @@ def process_memory(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}; it takes Linux to measure this")
 
 
-def out_console() -> Console:
-    """Standard output: as wide as the terminal, or as wide as lines need where it is none."""
+def columns() -> int:
+    """Width of standard output: the terminal's; where it is none, enough for whole sentences."""
     console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=120)
+    return console.width if console.is_terminal or "COLUMNS" in os.environ else _NO_TERMINAL
 
 
 def show_size(nbytes: float) -> str:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from omnimem.cli._common import out_console
+from omnimem.cli._common import columns
 from omnimem.doctor import Diagnosis, State, diagnose
 
 SCHEMA = 1
 """Of `--json`; it grows when a key changes its meaning or goes."""
 
-_STYLES: dict[State, str] = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
+_STYLES: dict[State, dict[str, Any]] = {
+    "OK": {"fg": "green"},
+    "WARN": {"fg": "yellow"},
+    "FAIL": {"fg": "red", "bold": True},
+}
 
 
 @click.command("doctor")
@@ -39,20 +43,23 @@ def doctor_command(directory: Path | None, as_json: bool) -> int:
         told = {"schema": SCHEMA, "directory": found.directory, "state": found.state}
         click.echo(json.dumps({**told, "checks": checks}, indent=2))
     else:
-        _show(found, out_console())
+        _show(found)
     return int(found.state == "FAIL")
 
 
-def _show(found: Diagnosis, console: Console) -> None:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+def _show(found: Diagnosis) -> None:
+    """Facts are wrapped on a terminal; fixes never are, so that they can be copied."""
+    states = max(len(check.state) for check in found.checks)
+    names = max(len(check.name) for check in found.checks)
+    margin = " " * (states + names + 4)
+    width = columns()
     for check in found.checks:
-        state = Text(check.state, style=_STYLES[check.state])
-        table.add_row(state, check.name, Text(check.fact))
+        fact = textwrap.wrap(check.fact, width - len(margin), break_long_words=False)
+        state = click.style(check.state.ljust(states), **_STYLES[check.state])
+        click.echo(f"{state}  {check.name:{names}}  {fact[0]}")
+        for line in fact[1:]:
+            click.echo(margin + line)
         if check.fix:
-            table.add_row("", "", Text.assemble(("fix: ", "bold"), check.fix))
-    console.print(table, highlight=False)
+            click.echo(f"{margin}{click.style('fix:', bold=True)} {check.fix}")
     counts = ", ".join(f"{found.count(state)} {state}" for state in _STYLES)
-    console.print(f"\n{counts}", highlight=False)
+    click.echo(f"\n{counts}")

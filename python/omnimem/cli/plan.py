@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omnimem import checkpoint
-from omnimem.cli._common import out_console, parse_budget, quiet_libraries, show_size
+from omnimem.cli._common import columns, parse_budget, quiet_libraries, show_size
 from omnimem.config import CacheConfig, parse_size
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """Of `--json`; it grows when a key changes its meaning or goes."""
+
+_LABEL, _CELL, _GAP = 24, 11, 3
+"""Columns of the terminal: the names of rows, a budget's cells, and what is between them."""
 
 
 def _rate(context: click.Context, option: click.Parameter, text: str | None) -> float | None:
@@ -96,7 +100,7 @@ def plan_command(
     if as_json:
         click.echo(json.dumps(to_json(found), indent=2))
     else:
-        _show(found, out_console())
+        _show(found, Console(width=columns()))
 
 
 # -- for people ------------------------------------------------------------------------------------
@@ -105,7 +109,10 @@ def plan_command(
 def _show(found: Survey, console: Console) -> None:
     console.print(_headline(found), highlight=False, soft_wrap=True)
     console.print()
-    console.print(_budgets(found), highlight=False)
+    fit = max((console.width - _LABEL) // (_CELL + _GAP), 1)
+    for first in range(0, len(found.forecasts), fit):
+        console.print(_budgets(found, found.forecasts[first : first + fit]), highlight=False)
+        console.print(end="\n" * (first + fit < len(found.forecasts)))
     if len(found.forecasts) == 1:
         console.print()
         console.print(_units(found.forecasts[0]), highlight=False)
@@ -124,13 +131,15 @@ def _headline(found: Survey) -> str:
     )
 
 
-def _budgets(found: Survey) -> Table:
+def _budgets(found: Survey, forecasts: Sequence[Forecast]) -> Table:
     """One column for each budget."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("budget", no_wrap=True)
-    for forecast in found.forecasts:
-        table.add_column(show_size(forecast.plan.budget_bytes), justify="right", no_wrap=True)
-    plans = [forecast.plan for forecast in found.forecasts]
+    table.add_column("budget", no_wrap=True, min_width=_LABEL)
+    for forecast in forecasts:
+        table.add_column(
+            show_size(forecast.plan.budget_bytes), justify="right", no_wrap=True, min_width=_CELL
+        )
+    plans = [forecast.plan for forecast in forecasts]
     rows: list[tuple[str, list[str]]] = [
         ("resident, as it is", [_size(plan.resident_bytes) for plan in plans]),
         ("packed, encoded", [_size(plan.packed_bytes) for plan in plans]),
@@ -139,13 +148,19 @@ def _budgets(found: Survey) -> Table:
         ("read per token", [_size(plan.stream_bytes) for plan in plans]),
         ("read by the prefill", [_size(plan.prefill_bytes) for plan in plans]),
     ]
-    if any(plan.decode_bytes for plan in plans):
+    if any(forecast.plan.decode_bytes for forecast in found.forecasts):
         rows.append(("decoded per token", [_size(plan.decode_bytes) for plan in plans]))
-    least = "at least " if found.rates is not None and math.isinf(found.rates.compute) else ""
     if any(forecast.pass_seconds is not None for forecast in found.forecasts):
+        least = found.rates is not None and math.isinf(found.rates.compute)
         rows += [
-            ("time per token", [_time(f.pass_seconds, least) for f in found.forecasts]),
-            ("reading of the prefill", [_time(f.prefill_seconds or None) for f in found.forecasts]),
+            (
+                "time per token, at least" if least else "time per token",
+                [_time(forecast.pass_seconds or None) for forecast in forecasts],
+            ),
+            (
+                "time the prefill reads",
+                [_time(forecast.prefill_seconds or None) for forecast in forecasts],
+            ),
         ]
     for name, cells in rows:
         table.add_row(name, *cells, end_section=name == "memory in all")
@@ -237,8 +252,8 @@ def _size(nbytes: int) -> str:
     return show_size(nbytes) if nbytes else "-"
 
 
-def _time(seconds: float | None, least: str = "") -> str:
-    return "-" if seconds is None else f"{least}{seconds:.3f} s"
+def _time(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.3f} s"
 
 
 # -- for programs ----------------------------------------------------------------------------------
