@@ -289,6 +289,10 @@ def test_folding() -> None:
     assert layers.resident
     assert layers.streamed
     by_name = {unit.name: unit for unit in plan.units}
+    assert layers.partly
+    for number in layers.partly:
+        unit = by_name[f"{layers.name}.{number}"]
+        assert 0 < unit.resident_bytes < unit.host_bytes
     for number in layers.streamed:
         assert by_name[f"{layers.name}.{number}"].resident_bytes == 0
     assert sum(row.nbytes * (len(row.numbers) or 1) for row in rows) == plan.weight_bytes

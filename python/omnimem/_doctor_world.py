@@ -276,11 +276,8 @@ class World:
         return [str(file) for file in files if known.search(str(file))]
 
     def codec(self) -> str:
-        """The widest way of coding that this processor can: "avx512", "avx2" or "plain"."""
-        try:
-            return next(path for path in ("avx512", "avx2", "plain") if _core._codec_use(path))
-        finally:
-            _core._codec_use("auto")
+        """The widest way of coding that this processor can, which is the one in use."""
+        return next(path for path in ("avx512", "avx2", "plain") if _core._codec_use(path))
 
     # -- GPUs
 
