@@ -88,6 +88,12 @@ class Checkpoint:
         return sum(info.nbytes for info in self._tensors.values())
 
     @property
+    def coding(self) -> str | None:
+        """How packed files are encoded ("balanced", "fast"); None: the tensors are plain."""
+        packings = (shard.packing for shard in self._shards.values())
+        return next((packing.coding for packing in packings if packing), None)
+
+    @property
     def files(self) -> list[str]:
         """Paths of the files that hold the tensors, in order."""
         return list(self._shards)
