@@ -149,12 +149,16 @@ static void record_eviction(struct om_monitor *m, uint64_t want, const struct om
 static void press(struct om_monitor *m)
 {
 	uint64_t deadline = om_deadline(STEP_NS), want = falling(m) ? 0 : wanted(m);
-	uint64_t *left = om_alloc(m->watched_count, sizeof(*left));
+	uint64_t now = m->next.sample.at_ns, *left;
 	struct om_pressed trimmed = { 0 }, evicted = { 0 };
 
+	if (!want && m->pressed && now - m->press_ns < m->config.interval_ns)
+		return; /* what is free for a moment is taken again: no need to look so often */
+	left = om_alloc(m->watched_count, sizeof(*left));
 	if (!left)
 		return; /* with the next sample, then */
 	m->pressed = true;
+	m->press_ns = now;
 	trim(m, deadline, left, &trimmed);
 	if (trimmed.trimmed_bytes)
 		record(m, OM_ACT_TRIM, 0, trimmed.trimmed_bytes,
