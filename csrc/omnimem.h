@@ -664,17 +664,17 @@ struct om_gpu {
 enum om_strain { OM_STRAIN_HIGH, OM_STRAIN_MAX, OM_STRAIN_OOM, OM_STRAIN_OOM_KILL, OM_STRAINS };
 struct om_sample {
 	uint64_t at_ns; /* om_now() */
-	struct om_place
-		places[OM_PLACES]; /* the system, and every cgroup with a limit, ours first */
+	/* The system, and every cgroup with a limit, ours first. */
 	unsigned place_count;
+	struct om_place places[OM_PLACES];
 	uint64_t swap_total_bytes, swap_free_bytes;
 	uint64_t rss_bytes;
 	/* Some thread, all threads waited for memory so long, ever: of our cgroup, else of the machine. */
 	uint64_t stall_some_us, stall_full_us;
 	uint64_t strains[OM_STRAINS];
-	struct om_gpu
-		gpus[OM_GPUS]; /* that this process may use; one cut into MIG devices is left out */
+	/* Those that this process may use; one cut into MIG devices is left out. */
 	unsigned gpu_count;
+	struct om_gpu gpus[OM_GPUS];
 };
 
 /* A level of pressure from shares in use, and its trend. A level is entered at once when the share

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +20,9 @@ import pytest
 import omnimem
 from omnimem import _core
 
-from .conftest import run_clean
+from .conftest import PACKAGE_DIR, run_clean
 
+SANITIZE = os.environ.get("OMNIMEM_SANITIZE", "")
 MIB = 1 << 20
 TOTAL = 1024 * MIB
 V2 = "sys/fs/cgroup"
@@ -409,6 +412,7 @@ print("parent")
 """
 
 
+@pytest.mark.skipif("thread" in SANITIZE, reason="TSan lets no child of fork start threads")
 def test_fork(tmp_path: Path) -> None:
     assert run_clean(FORK, str(tmp_path)).split("\n")[:2] == ["[]", "parent"]
 
@@ -471,3 +475,56 @@ assert after[1] - before[1] < 4 << 20, (before, after)
 print("clean")
 """
     assert run_clean(code).strip() == "clean"
+
+
+CGROUPS = Path("/sys/fs/cgroup/memory")
+
+REAL = """
+import sys
+import omnimem
+from omnimem import _core
+MIB = 1 << 20
+store = omnimem.Store(omnimem.StoreConfig(host_limit="200MiB", disk_limit="400MiB",
+                                          directory=sys.argv[1]))
+for i in range(150):
+    store.add(str(i), bytes([i]) * MIB)
+monitor = _core.Monitor(interval=0.05)
+monitor.watch(store)
+monitor.start()
+held = []
+for _ in range(20):  # with what the store has, more than the limit
+    held.append(bytearray(b"x") * (8 * MIB))
+    monitor.wait(monitor.report()["number"] + 2, timeout=30)
+print(monitor.report()["source"])
+print(sum(action[6] for action in monitor.actions() if action[2] == "evict") // MIB)
+del held
+assert all(bytes(store.lease(str(i))) == bytes([i]) * MIB for i in range(150))
+store.check()
+"""
+
+
+@pytest.mark.skipif(SANITIZE != "", reason="the sanitizers need more than the cgroup has")
+@pytest.mark.skipif(
+    not os.access(CGROUPS / "memory.limit_in_bytes", os.W_OK), reason="no cgroup v1 to write"
+)
+def test_in_a_real_cgroup(tmp_path: Path) -> None:
+    """What a store holds makes way for what else the process needs, before anybody is killed."""
+    group = CGROUPS / f"omnimem-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(256 * MIB))
+        enter = f'echo $$ > "{group}/cgroup.procs" && exec "$@"'
+        done = subprocess.run(
+            ["/bin/sh", "-c", enter, "sh", sys.executable, "-c", REAL, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": str(PACKAGE_DIR)},
+            check=False,
+        )
+        assert done.returncode == 0, done
+        source, evicted = done.stdout.splitlines()
+        assert source == f"cgroup {group}"
+        assert int(evicted) >= 50
+    finally:
+        group.rmdir()

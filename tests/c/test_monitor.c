@@ -196,6 +196,36 @@ static void falling(void)
 	om_store_unref(s);
 }
 
+/* Who was told that memory is short hears when it is not. */
+static void relaxed(void)
+{
+	struct om_monitor *m = open_monitor(true);
+	struct om_store *s = open_store();
+	struct om_action a;
+
+	add(s, "g", 4);
+	CHECK_EQ(om_monitor_watch(m, s), 0);
+	m->assessor.ram.rules.dwell_ns = 0;
+	set_used(100);
+	sampled(m);
+	CHECK_EQ(actions(m, OM_ACT_RELAX, &a), 0); /* nobody was told */
+	set_used(1000);
+	sampled(m);
+	CHECK(m->pressed);
+	set_used(100);
+	CHECK_EQ(sampled(m).level, OM_LOW);
+	CHECK_EQ(actions(m, OM_ACT_RELAX, &a), 1);
+	CHECK(a.level == OM_LOW && !strcmp(a.cause, "memory is not short any more"));
+	sampled(m);
+	CHECK_EQ(actions(m, OM_ACT_RELAX, &a), 1); /* once */
+	set_used(1000);
+	sampled(m);
+	CHECK_EQ(om_monitor_stop(m), 0); /* who does not look on does not press on */
+	CHECK(!m->pressed);
+	om_monitor_free(m);
+	om_store_unref(s);
+}
+
 static void looks_on(void)
 {
 	struct om_monitor *m = open_monitor(false);
@@ -506,6 +536,7 @@ int main(void)
 	values();
 	pressed();
 	falling();
+	relaxed();
 	looks_on();
 	banks();
 	watching();
