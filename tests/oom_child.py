@@ -31,10 +31,12 @@ def sizes(total: int, rng: random.Random) -> list[int]:
     return found
 
 
-def content(index: int, size: int) -> bytes:
+def content(index: int, size: int) -> bytearray:
     seed = (index * 2654435761 + 12345) & 0xFFFFFFFF
     piece = random.Random(seed).randbytes(4 * KIB - 1)  # odd: no page is like the next
-    return (piece * (size // len(piece) + 1))[:size]
+    whole = bytearray(piece) * (size // len(piece) + 1)
+    del whole[size:]  # in place: its own memory should not be what is short
+    return whole
 
 
 def same(view: memoryview, index: int) -> bool:
