@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from omnimem import checkpoint as checkpoint
 from omnimem._core import Lease, Ticket, Window
+from omnimem.advanced_config import AdvancedMemoryConfig
 from omnimem.block import MemoryBlock, MemoryRegionType
 from omnimem.cache import ModelWeightCache
-from omnimem.config import CacheConfig, StoreConfig, format_size, parse_size
+from omnimem.config import (
+    CacheConfig,
+    MonitorConfig,
+    OffloadConfig,
+    StoreConfig,
+    format_size,
+    parse_size,
+)
 from omnimem.errors import (
     BusyError,
     ClosedError,
@@ -47,6 +55,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveSwapAlgorithm",
+    "AdvancedMemoryConfig",
     "AdvancedMemorySwapper",
     "BaseSwapAlgorithm",
     "BlockInfo",
@@ -75,7 +84,9 @@ __all__ = [
     "MemoryPressureMonitor",
     "MemoryRegionType",
     "ModelWeightCache",
+    "MonitorConfig",
     "NVMeOptimizer",
+    "OffloadConfig",
     "PoolStats",
     "SimulationResult",
     "Store",

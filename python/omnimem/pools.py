@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 import warnings
@@ -12,6 +11,7 @@ from types import MappingProxyType
 from typing import NoReturn, Self
 
 from omnimem import _core
+from omnimem._settings import Settings
 from omnimem.block import EPOCH, MemoryBlock
 from omnimem.config import format_size, parse_size
 from omnimem.errors import ClosedError, DeviceError
@@ -33,7 +33,7 @@ def _is_device(device: object) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
+class MemoryConfig(Settings):
     """What a `MemoryPoolManager` may use. Sizes are bytes, or strings such as "2GiB"."""
 
     enable_memory_pools: bool = True
@@ -63,14 +63,6 @@ class MemoryConfig:
             )
         if not 0 <= self.cleanup_interval < float("inf"):
             raise ValueError(f"cleanup_interval={self.cleanup_interval!r} must be seconds from 0")
-
-    def __reduce__(self) -> tuple[object, ...]:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return _restore, ({**values, "pool_sizes": dict(self.pool_sizes)},)
-
-
-def _restore(values: dict[str, object]) -> MemoryConfig:
-    return MemoryConfig(**values)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

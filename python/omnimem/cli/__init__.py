@@ -1,4 +1,4 @@
-"""The command line: ``omnimem run``, ``pack``, ``unpack``, ``synth``, ``demo``.
+"""The command line: ``omnimem run``, ``pack``, ``unpack``, ``synth``, ``config``, ``demo``.
 
 Commands live in a module each; torch is imported only by the one that computes. What goes wrong is
 one line on stderr: exit code 2 for a wrong command line, 1 for anything else, 130 for Ctrl-C.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import click
 
 from omnimem import __version__
+from omnimem.cli.config import config_command
 from omnimem.cli.demo import demo_command
 from omnimem.cli.pack import pack_command, unpack_command
 from omnimem.cli.run import run_command
@@ -28,7 +29,14 @@ def cli() -> None:
     """Run large models in less memory than their weights need."""
 
 
-for _command in (run_command, pack_command, unpack_command, synth_command, demo_command):
+for _command in (
+    run_command,
+    pack_command,
+    unpack_command,
+    synth_command,
+    config_command,
+    demo_command,
+):
     cli.add_command(_command)
 
 
