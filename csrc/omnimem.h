@@ -343,7 +343,7 @@ struct om_gauges {
 	uint64_t host_bytes, packed_bytes; /* packed ones are among host's */
 	uint64_t entry_bytes;              /* of caches, plain; of host_bytes */
 };
-/* OM_ECLOSED: what it counted is among om_totals_closed now. */
+/* 1: it is closed, and what it counted among om_totals_closed. */
 int om_store_totals(struct om_store *s, struct om_totals *ret, struct om_gauges *ret_gauges);
 /* Of all stores that this process closed. Returns how many; UINT64_MAX: one is being added, ask again. */
 uint64_t om_totals_closed(struct om_totals *ret);

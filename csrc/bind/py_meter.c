@@ -161,17 +161,17 @@ PyObject *py_store_totals(PyObject *self, PyObject *Py_UNUSED(unused))
 	if (!core)
 		return NULL;
 	code = om_store_totals(core->s, &totals, &g);
-	if (code)
+	if (code < 0)
 		return py_raise(code);
 	dict = totals_dict(&totals);
 	if (!dict)
 		return NULL;
-	return Py_BuildValue("(N{sKsKsKsKsK})", dict, "moving_in_bytes",
+	return Py_BuildValue("(N{sKsKsKsKsK}N)", dict, "moving_in_bytes",
 	                     (unsigned long long)g.moving_in_bytes, "moving_out_bytes",
 	                     (unsigned long long)g.moving_out_bytes, "host_bytes",
 	                     (unsigned long long)g.host_bytes, "packed_bytes",
 	                     (unsigned long long)g.packed_bytes, "entry_bytes",
-	                     (unsigned long long)g.entry_bytes);
+	                     (unsigned long long)g.entry_bytes, PyBool_FromLong(code));
 }
 
 PyObject *py_totals_closed(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))

@@ -556,7 +556,7 @@ static PyMethodDef store_methods[] = {
 	{ "_mark", py_store_mark, METH_NOARGS,
 	  "_mark($self)\n--\n\nA mark that sees how high the tiers come." },
 	{ "_totals", py_store_totals, METH_NOARGS,
-	  "_totals($self)\n--\n\n(counters that only grow, gauges), as dicts." },
+	  "_totals($self)\n--\n\n(counters that only grow, gauges, whether it is closed)." },
 	{ "group", PY_FAST(store_group), PY_FAST_FLAGS, group_doc },
 	{ "close", store_close, METH_NOARGS, close_doc },
 	{ "__enter__", store_enter, METH_NOARGS, NULL },

@@ -155,6 +155,17 @@ uint64_t om_histogram_bound_ns(unsigned step)
 	return step < OM_HISTOGRAM_STEPS - 1 ? UINT64_C(8000) << (2 * step) : UINT64_MAX;
 }
 
+static void add_groups_locked(struct om_store *s, struct om_totals *t)
+{
+	OM_LIST_FOREACH(link, &s->groups) {
+		const struct om_group *g = om_container_of(link, struct om_group, link);
+
+		*(g->cache ? &t->entry_hits : &t->block_hits) += g->traffic.hits;
+		*(g->cache ? &t->entry_misses : &t->block_misses) += g->traffic.misses;
+		t->decoded_bytes += g->decoded_bytes;
+	}
+}
+
 static void total_up_locked(struct om_store *s, struct om_totals *t)
 {
 	const struct om_stats *c = &s->counters;
@@ -171,13 +182,7 @@ static void total_up_locked(struct om_store *s, struct om_totals *t)
 	t->prefetch_hits = c->prefetch_hits;
 	t->prefetch_waste = c->prefetch_waste;
 	t->fell_back = c->io_fell_back;
-	OM_LIST_FOREACH(link, &s->groups) {
-		const struct om_group *g = om_container_of(link, struct om_group, link);
-
-		*(g->cache ? &t->entry_hits : &t->block_hits) += g->traffic.hits;
-		*(g->cache ? &t->entry_misses : &t->block_misses) += g->traffic.misses;
-		t->decoded_bytes += g->decoded_bytes;
-	}
+	add_groups_locked(s, t);
 	om_latency_histogram(&s->read_latency, &t->read);
 	om_latency_histogram(&s->write_latency, &t->write);
 	om_latency_histogram(&s->meter.in, &t->in);
@@ -203,17 +208,16 @@ static void gauge_locked(struct om_store *s, struct om_gauges *g)
 
 int om_store_totals(struct om_store *s, struct om_totals *ret, struct om_gauges *ret_gauges)
 {
+	bool retired;
+
 	if (s->fork_generation != om_fork_generation())
 		return om_err(OM_ECLOSED, "this store belongs to the process that forked this one");
 	om_mutex_lock(&s->lock);
-	if (s->meter.retired) {
-		om_mutex_unlock(&s->lock);
-		return om_err(OM_ECLOSED, "the store is closed");
-	}
 	total_up_locked(s, ret);
 	gauge_locked(s, ret_gauges);
+	retired = s->meter.retired;
 	om_mutex_unlock(&s->lock);
-	return 0;
+	return retired;
 }
 
 /* ---- stores that are closed ---- */
@@ -231,6 +235,7 @@ void om_meter_retire_locked(struct om_store *s)
 	while (!om_list_empty(&s->meter.marks))
 		om_list_del(s->meter.marks.next);
 	total_up_locked(s, &totals);
+	add_groups_locked(s, &s->meter.counts); /* the groups go */
 	memcpy(counters, &totals, sizeof(counters));
 	__atomic_add_fetch(&closing_begun, 1, __ATOMIC_SEQ_CST);
 	for (size_t i = 0; i < COUNTERS; i++)
