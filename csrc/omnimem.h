@@ -244,6 +244,7 @@ struct om_tier_stats {
 struct om_stats {
 	struct om_tier_stats host, disk;
 	uint64_t packed_bytes;   /* of host.used_bytes, those of encoded forms */
+	uint64_t packed_peak_bytes;
 	uint64_t exported_bytes; /* of blocks with a live view (buffer, DLPack) */
 	uint64_t blocks, leases;
 	/* leases that found the bytes in HOST, or did not; asked for again after OM_EBUSY: counted once */

@@ -427,6 +427,7 @@ static PyObject *stats_dict(const struct om_stats *s)
 	} counters[] = {
 		{ "exported_bytes", s->exported_bytes },
 		{ "packed_bytes", s->packed_bytes },
+		{ "packed_peak_bytes", s->packed_peak_bytes },
 		{ "blocks", s->blocks },
 		{ "leases", s->leases },
 		{ "hits", s->hits },

@@ -6,6 +6,7 @@ import io
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -134,10 +135,8 @@ def _holders(report: dict[str, Any], stats: MemoryStats) -> Iterator[_Row]:
 
 def _groups(store: Store | None) -> Iterator[_Row]:
     groups: list[tuple[str, GroupStats]] = []
-    try:
+    with suppress(ClosedError):
         groups = [] if store is None else [(g, store.group_stats(g)) for g in store.groups()]
-    except ClosedError:
-        pass
     groups.sort(key=lambda group: -group[1].host_bytes)
     for name, group in groups[:_GROUPS]:
         limit = format_size(group.limit_bytes) if group.limit_bytes else "the store's limit"

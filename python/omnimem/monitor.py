@@ -79,8 +79,8 @@ class MemoryStats:
     pool_stats: Mapping[str, PoolStats] = field(default_factory=dict)
     """By device, of the pools that the monitor was given."""
     cache_stats: Mapping[str, Any] = field(default_factory=dict)
-    """Of the cache that the monitor was given, as its `get_stats` has them. Records made while
-    monitoring runs leave `access_counts` and `item_count` out, which cost more with more entries."""
+    """Of the cache that the monitor was given, as its `get_stats` has them. Those in `history` are
+    without `access_counts` and `item_count`, which cost more with more entries."""
     timestamp: float = field(default_factory=time.time)
     """Seconds since the epoch."""
     stage: str | None = None
@@ -147,8 +147,8 @@ class MemoryMonitor:
     Notes
     -----
     A context manager that starts and stops monitoring, and closes. Any method may be called from
-    any thread. Asking needs no `start_monitoring`: each question then takes a sample. After a fork
-    the child's questions raise `ClosedError`. One that is dropped, or left at exit, stops by itself.
+    any thread. Asking needs no `start_monitoring`: each question then takes a sample. After a
+    fork the child's questions raise `ClosedError`. One that is dropped, or left at exit, stops.
     """
 
     def __init__(
@@ -167,7 +167,8 @@ class MemoryMonitor:
         self._pools = pools
         self._cache = cache
         self._end = weakref.finalize(self, _end, self._core, self.alerts._tally, os.getpid())
-        stores = {id(s): s for s in (store, cache and cache.store) if s is not None}
+        others = () if cache is None else (cache.store,)
+        stores = {id(each): each for each in (store, *others) if each is not None}
         for watched in stores.values():
             self._core.watch(watched)
         if pools is not None:
