@@ -785,7 +785,8 @@ struct om_report {
 	/* Of the bytes in use at the tightest place, by the line through the last 30 s. */
 	unsigned samples;
 	double slope, r2; /* bytes a second; NaN with fewer than 8 samples */
-	double seconds_left; /* NaN unless it rises, r2 >= 0.5, and it has risen for the last 5 s, too */
+	double seconds_left; /* NaN unless it rises, has risen for the last 5 s too, r2 >= 0.5, and the line is a
+	                      * quarter as long at least */
 	enum om_course course; /* a thousandth of all in a second is nothing */
 	uint64_t interval_ns;  /* to the next sample */
 	uint64_t lag_ns;       /* it came so late */
