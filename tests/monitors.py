@@ -55,7 +55,9 @@ class StandIn:
 
     def stop(self) -> None:
         self._open()
-        self.running = False
+        with self.changed:
+            self.running = False
+            self.changed.notify_all()
 
     def sample(self) -> dict[str, Any]:
         self._open()
@@ -106,13 +108,18 @@ class StandIn:
             )
             return self.number if done and not self.closed else -1
 
+    def follow(self, since: int) -> int:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.running or self.number > since)
+            return self.number if self.running else -1
+
     def actions(self, since: int = 0) -> list[tuple[Any, ...]]:
         self._open()
         return self.acted
 
     def close(self) -> None:
         with self.changed:
-            self.closed = True
+            self.closed, self.running = True, False
             self.changed.notify_all()
 
 

@@ -249,7 +249,7 @@ def test_explain_says_who_holds_what(
         assert max(map(len, text.splitlines())) <= int(width)
         assert "\x1b" not in text
         words = " ".join(text.replace("|", " ").split())
-        assert words.startswith("Pressure is high: level 2; the last action, 0 s ago, was evict")
+        assert words.startswith("Pressure is high: level 2; the last action, 0 s ago, was evicting")
         for part in ("3.00 MiB of 2.00 MiB wanted", "93 % in use", "[bold]big", "small", "cpu"):
             assert part in words, part
         assert "medium 75.0 %" in words

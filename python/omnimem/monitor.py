@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -206,11 +207,8 @@ class MemoryMonitor:
         thread = self.__dict__.pop("_running", None)
         if thread is None:
             return
-        try:
+        with suppress(ClosedError):
             self._core.stop()
-            self._core.sample()  # which ends the thread's wait
-        except ClosedError:
-            pass
         if thread.ident is not None and thread is not threading.current_thread():
             thread.join(_PATIENCE)
         self.alerts._wait()
@@ -452,7 +450,7 @@ def _watch(core: _core.Monitor, monitor_of: weakref.ref[MemoryMonitor]) -> None:
     """Be the thread of a monitor: it holds none, so that one that is dropped goes."""
     number = 0
     while True:
-        last = core.wait(number)
+        last = core.follow(number)
         monitor = monitor_of()
         if last < 0 or monitor is None or not monitor._owned():
             return
