@@ -273,3 +273,27 @@ def test_suggestions(stand_in: type[StandIn]) -> None:  # noqa: F811
         core.enter(1)
         assert "outside" in told.get(timeout=30).suggestion
     logging.getLogger("omnimem.monitor")
+
+
+def test_nothing_is_lost_when_a_callback_is_about_to_end() -> None:
+    told: queue.Queue[Alert] = queue.Queue()
+    alerts = omnimem.AlertSystem()
+    handle = alerts.add(told.put)
+    stats = omnimem.MemoryStats(system_memory=(2, 1), level=MEDIUM)
+    first, late = (Alert(MEDIUM, LOW, stats.pressure, stats, text) for text in ("first", "late"))
+    lock = handle._token
+
+    class Token:
+        """Has an alert come in just when the callback's thread lets go."""
+
+        acquire = lock.acquire
+
+        def release(self) -> None:
+            lock.release()
+            if handle.calls == 1:
+                handle._pending.append(late)
+
+    handle._token = Token()  # type: ignore[assignment]
+    alerts._tell(first)
+    assert told.get(timeout=30) is first
+    assert told.get(timeout=30) is late
