@@ -162,6 +162,7 @@ def test_values_of_a_store(open_store: Callable[..., Store], io_backend: str) ->
     assert get(found, "tier_resident_bytes", **disk, kind="block") == stats.disk.used_bytes
     assert get(found, "tier_inflight_bytes", **host, direction="in") == 0
     assert get(found, "tier_exported_bytes", **host) == 4 * MIB
+    assert get(found, "tier_locked_bytes", **host) >= 4 * MIB
     assert get(found, "swap_file_bytes") == stats.disk.mapped_bytes
     assert get(found, "swap_free_bytes") == stats.disk.mapped_bytes - stats.disk.used_bytes
     assert get(found, "cache_requests_total", cache="blocks", result="miss") == stats.misses

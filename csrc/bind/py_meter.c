@@ -57,6 +57,20 @@ PyObject *py_mark_end(PyObject *Py_UNUSED(module), PyObject *capsule)
 
 /* ---- totals ---- */
 
+PyObject *py_names_list(char **names, size_t count)
+{
+	PyObject *list = PyList_New((Py_ssize_t)count);
+
+	for (size_t i = 0; list && i < count; i++) {
+		PyObject *name = PyUnicode_FromString(names[i]);
+
+		if (!name || PyList_SetItem(list, (Py_ssize_t)i, name))
+			Py_CLEAR(list);
+	}
+	om_names_free(names, count);
+	return list;
+}
+
 PyObject *py_store_groups(PyObject *self, PyObject *Py_UNUSED(unused))
 {
 	struct py_core *core = py_store_core(self);

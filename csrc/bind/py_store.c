@@ -312,20 +312,6 @@ static int store_contains(PyObject *self, PyObject *name)
 	return om_store_contains(core->s, text);
 }
 
-PyObject *py_names_list(char **names, size_t count)
-{
-	PyObject *list = PyList_New((Py_ssize_t)count);
-
-	for (size_t i = 0; list && i < count; i++) {
-		PyObject *name = PyUnicode_FromString(names[i]);
-
-		if (!name || PyList_SetItem(list, (Py_ssize_t)i, name))
-			Py_CLEAR(list);
-	}
-	om_names_free(names, count);
-	return list;
-}
-
 static PyObject *store_names(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
                              PyObject *kwnames)
 {
@@ -428,6 +414,7 @@ static PyObject *stats_dict(const struct om_stats *s)
 		{ "exported_bytes", s->exported_bytes },
 		{ "packed_bytes", s->packed_bytes },
 		{ "packed_peak_bytes", s->packed_peak_bytes },
+		{ "idle_bytes", s->idle_bytes },
 		{ "blocks", s->blocks },
 		{ "leases", s->leases },
 		{ "hits", s->hits },
@@ -558,6 +545,14 @@ static PyMethodDef store_methods[] = {
 	  "_mark($self)\n--\n\nA mark that sees how high the tiers come." },
 	{ "_totals", py_store_totals, METH_NOARGS,
 	  "_totals($self)\n--\n\n(counters that only grow, gauges, whether it is closed)." },
+	{ "use_begin", py_store_use_begin, METH_O,
+	  "use_begin($self, group, /)\n--\n\nA whole group is in use from now on." },
+	{ "use_end", py_store_use_end, METH_O,
+	  "use_end($self, group, /)\n--\n\nThat use is over." },
+	{ "_usage", py_store_usage, METH_VARARGS,
+	  "_usage($self, group, window, /)\n--\n\nThe fields of Usage, as a tuple." },
+	{ "_press", py_store_press, METH_VARARGS,
+	  "_press($self, level, nbytes, ceiling, timeout, /)\n--\n\nThe fields of Pressed, as a tuple." },
 	{ "group", PY_FAST(store_group), PY_FAST_FLAGS, group_doc },
 	{ "close", store_close, METH_NOARGS, close_doc },
 	{ "__enter__", store_enter, METH_NOARGS, NULL },

@@ -223,6 +223,12 @@ def _of_stores(stores: Iterable[Store]) -> Iterator[_Family]:
         [(host, summed("host", "peak_bytes")), (disk, summed("disk", "peak_bytes"))],
     )
     yield _Family(
+        "omnimem_tier_locked_bytes",
+        "gauge",
+        "Bytes that cannot be evicted now: leased, pinned, seen by somebody, or on their way.",
+        [(host, sum(each.host.used_bytes - each.idle_bytes for each in stats))],
+    )
+    yield _Family(
         "omnimem_tier_exported_bytes",
         "gauge",
         "Bytes of blocks that a consumer can see, which cannot move.",
