@@ -342,3 +342,12 @@ def test_the_parser_is_strict() -> None:
     ):
         with pytest.raises(AssertionError):
             parse(bad)
+
+
+def test_what_goes_under_pressure_is_told_apart(store: Store) -> None:
+    store.add("a", bytes(MIB))
+    store.press(2, nbytes=MIB)
+    found = parse(metrics.as_text([store], [], []))
+    assert get(found, "evictions_total", tier="host", reason="pressure") == 1
+    assert get(found, "evicted_bytes_total", tier="host", reason="pressure") == MIB
+    assert get(found, "evictions_total", tier="host", reason="explicit") == 0
