@@ -182,6 +182,13 @@ PyObject *py_store_ranked(PyObject *, PyObject *);
 PyObject *py_store_events(PyObject *, PyObject *);
 PyObject *py_same_bytes(PyObject *, PyObject *);
 
+/* A list; takes over the names. Groups, marks and totals (py_meter.c). */
+PyObject *py_names_list(char **names, size_t count);
+PyObject *py_store_groups(PyObject *, PyObject *);
+PyObject *py_store_mark(PyObject *, PyObject *);
+PyObject *py_store_totals(PyObject *, PyObject *);
+PyObject *py_mark_end(PyObject *, PyObject *);
+PyObject *py_totals_closed(PyObject *, PyObject *);
 /* Use and pressure (py_usage.c). */
 PyObject *py_store_use_begin(PyObject *, PyObject *);
 PyObject *py_store_use_end(PyObject *, PyObject *);

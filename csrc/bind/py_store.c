@@ -319,7 +319,6 @@ static PyObject *store_names(PyObject *self, PyObject *const *args, Py_ssize_t n
 	PyObject *given[1] = { NULL };
 	struct py_core *core = py_store_core(self);
 	const char *group;
-	PyObject *list;
 	char **names;
 	size_t count;
 	int code;
@@ -328,17 +327,7 @@ static PyObject *store_names(PyObject *self, PyObject *const *args, Py_ssize_t n
 	    py_text_or_null(given[0], "group", &group))
 		return NULL;
 	code = om_store_names(core->s, group, &names, &count);
-	if (code)
-		return py_raise(code);
-	list = PyList_New((Py_ssize_t)count);
-	for (size_t i = 0; list && i < count; i++) {
-		PyObject *name = PyUnicode_FromString(names[i]);
-
-		if (!name || PyList_SetItem(list, (Py_ssize_t)i, name))
-			Py_CLEAR(list);
-	}
-	om_names_free(names, count);
-	return list;
+	return code ? py_raise(code) : py_names_list(names, count);
 }
 
 static PyObject *store_check(PyObject *self, PyObject *Py_UNUSED(unused))
@@ -424,6 +413,7 @@ static PyObject *stats_dict(const struct om_stats *s)
 	} counters[] = {
 		{ "exported_bytes", s->exported_bytes },
 		{ "packed_bytes", s->packed_bytes },
+		{ "packed_peak_bytes", s->packed_peak_bytes },
 		{ "idle_bytes", s->idle_bytes },
 		{ "blocks", s->blocks },
 		{ "leases", s->leases },
@@ -550,6 +540,11 @@ static PyMethodDef store_methods[] = {
 	  "_ranked($self, group, most, count, /)\n--\n\n(name, accesses) of those used most or least." },
 	{ "_events", py_store_events, METH_O,
 	  "_events($self, since, /)\n--\n\nThe last events from number `since` on, as tuples." },
+	{ "groups", py_store_groups, METH_NOARGS, "groups($self)\n--\n\nThe names of its groups." },
+	{ "_mark", py_store_mark, METH_NOARGS,
+	  "_mark($self)\n--\n\nA mark that sees how high the tiers come." },
+	{ "_totals", py_store_totals, METH_NOARGS,
+	  "_totals($self)\n--\n\n(counters that only grow, gauges, whether it is closed)." },
 	{ "use_begin", py_store_use_begin, METH_O,
 	  "use_begin($self, group, /)\n--\n\nA whole group is in use from now on." },
 	{ "use_end", py_store_use_end, METH_O,

@@ -163,6 +163,7 @@ void om_room_drop_locked(struct om_store *s, struct om_block *b)
 	}
 	b->group->evictions += !b->body->packed;
 	s->counters.drops++;
+	om_meter_gone_locked(s, b, om_reason_now());
 	om_traffic_note_locked(s, b, OM_EVENT_OUT, 0, 0);
 	s->counters.prefetch_waste += b->body->unused;
 	om_block_host_drop(b, &s->pool);
@@ -228,8 +229,10 @@ int om_room_step_locked(struct om_store *s, struct om_group *g, uint64_t bytes, 
 
 		if (!own && om_pool_fits(&s->pool, bytes)) {
 			uint64_t above = how & OM_ROOM_MAPPED ? 0 : om_guard_short_locked(s, bytes);
+			enum om_reason former = om_reason_enter(OM_REASON_PRESSURE);
 			int code = above ? yield_locked(s, above, how, keep, keep_count) : 0;
 
+			om_reason_leave(former);
 			if (code != OM_ROOM_STEP)
 				return code;
 			continue;

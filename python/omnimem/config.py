@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
-from typing import Any, Self
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
+from omnimem._settings import Settings
 
 _UNITS = {
     "": 1,
@@ -58,7 +63,7 @@ def format_size(nbytes: float) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StoreConfig:
+class StoreConfig(Settings):
     """What a `Store` may use. Sizes are bytes, or strings such as "2GiB" (kept as bytes)."""
 
     host_limit: int | str = "2GiB"
@@ -113,31 +118,22 @@ class StoreConfig:
         object.__setattr__(self, name, nbytes)
         return nbytes
 
-    @classmethod
-    def from_env(cls, **overrides: Any) -> Self:
-        """Fields from OMNIMEM_HOST_LIMIT, OMNIMEM_IO_BACKEND, ...; `overrides` win.
-
-        Raises
-        ------
-        ValueError
-            A variable holds what its field refuses; the message names the variable.
-        """
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            text = os.environ.get(f"OMNIMEM_{field.name.upper()}")
-            if text is None or field.name in overrides:
-                continue
-            try:
-                values[field.name] = int(text) if field.name == "io_threads" else text
-                cls(**{field.name: values[field.name]})
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"OMNIMEM_{field.name.upper()}={text!r}: {error}") from None
-        return cls(**values, **overrides)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheConfig:
+class CacheConfig(Settings):
     """How a `ModelWeightCache` keeps weights."""
+
+    VARIABLES: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "max_size_gb": "OMNIMEM_CACHE_SIZE_GB",
+            "enable_compression": "OMNIMEM_CACHE_COMPRESSION",
+            "compression": "OMNIMEM_CACHE_CODING",
+            "compression_ratio": "OMNIMEM_CACHE_COMPRESSION_RATIO",
+            "eviction_batch_size": "OMNIMEM_CACHE_EVICTION_BATCH_SIZE",
+            "access_count_threshold": "OMNIMEM_CACHE_ACCESS_COUNT_THRESHOLD",
+            "policy": "OMNIMEM_CACHE_POLICY",
+        }
+    )
 
     max_size_gb: float = 4.0
     """GiB of memory for entries that have a name."""
@@ -180,6 +176,97 @@ class CacheConfig:
     def max_size(self) -> int:
         """Bytes of `max_size_gb`."""
         return int(self.max_size_gb * 2**30)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OffloadConfig(Settings):
+    """When an `AutomaticOffloader` moves models. Shares are of the memory in use, 0..1."""
+
+    enable_auto_offload: bool = True
+    """False: nothing moves by itself, and nothing is said to be better moved."""
+
+    offload_threshold: float = 0.8
+    """Share from which on models give way."""
+
+    restore_threshold: float = 0.6
+    """Share down to which they do, and below which one comes back ahead of its next use."""
+
+    min_offload_interval: float = 10.0
+    """Seconds from one move of a model to the next that nobody asked for."""
+
+    usage_window: float = 300.0
+    """Seconds of uses that count as recent."""
+
+    def __post_init__(self) -> None:
+        _flag("enable_auto_offload", self.enable_auto_offload)
+        for name in ("offload_threshold", "restore_threshold"):
+            _share(name, getattr(self, name))
+        _seconds("min_offload_interval", self.min_offload_interval, least=0.0)
+        _seconds("usage_window", self.usage_window)
+        if self.restore_threshold >= self.offload_threshold:
+            raise ValueError(
+                f"restore_threshold={self.restore_threshold!r} must lie below "
+                f"offload_threshold={self.offload_threshold!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MonitorConfig(Settings):
+    """How a `MemoryMonitor` looks at memory."""
+
+    enable_monitoring: bool = True
+    """False: nothing looks by itself, only when asked."""
+
+    monitoring_interval: float = 1.0
+    """Seconds between two looks at most; the shorter memory is, the more often."""
+
+    history_size: int = 1000
+    """Records that `history` keeps."""
+
+    alert_thresholds: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"warning": 0.75, "critical": 0.9}
+    )
+    """Shares of memory in use, 0..1, from which on pressure is "warning" and "critical"."""
+
+    def __post_init__(self) -> None:
+        _flag("enable_monitoring", self.enable_monitoring)
+        _seconds("monitoring_interval", self.monitoring_interval)
+        if not 1 <= parse_size(self.history_size, "history_size") <= 2**31:
+            raise ValueError(f"history_size={self.history_size!r} must lie between 1 and {2**31}")
+        shares = dict(self.alert_thresholds)
+        if set(shares) != {"warning", "critical"}:
+            raise ValueError(
+                f"alert_thresholds={shares!r} must have the keys 'warning' and 'critical'"
+            )
+        for name, value in shares.items():
+            _share(f"alert_thresholds[{name!r}]", value)
+        if shares["warning"] >= shares["critical"]:
+            raise ValueError(
+                f"alert_thresholds: warning={shares['warning']!r} must lie below "
+                f"critical={shares['critical']!r}"
+            )
+        object.__setattr__(self, "alert_thresholds", MappingProxyType(shares))
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    return float(value)
+
+
+def _share(name: str, value: object) -> None:
+    if not 0.0 < _number(name, value) <= 1.0:
+        raise ValueError(f"{name}={value!r} must lie above 0.0 and not above 1.0")
+
+
+def _seconds(name: str, value: object, least: float = 0.001) -> None:
+    if not least <= _number(name, value) < math.inf:
+        raise ValueError(f"{name}={value!r} must be seconds, at least {least}")
 
 
 def _positive_gib(name: str, value: float) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NoReturn, Self
 
 from omnimem import _core
+from omnimem._settings import Settings
 from omnimem.block import EPOCH, MemoryBlock
 from omnimem.config import format_size, parse_size
 from omnimem.errors import ClosedError, DeviceError
@@ -33,7 +34,7 @@ def _is_device(device: object) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
+class MemoryConfig(Settings):
     """What a `MemoryPoolManager` may use. Sizes are bytes, or strings such as "2GiB"."""
 
     enable_memory_pools: bool = True
@@ -63,14 +64,6 @@ class MemoryConfig:
             )
         if not 0 <= self.cleanup_interval < float("inf"):
             raise ValueError(f"cleanup_interval={self.cleanup_interval!r} must be seconds from 0")
-
-    def __reduce__(self) -> tuple[object, ...]:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return _restore, ({**values, "pool_sizes": dict(self.pool_sizes)},)
-
-
-def _restore(values: dict[str, object]) -> MemoryConfig:
-    return MemoryConfig(**values)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +182,7 @@ class MemoryPoolManager(_core.Pools):
     def __init__(self, config: MemoryConfig | None = None) -> None:
         self.config = MemoryConfig() if config is None else config
         self._open_devices: tuple[str, ...] = ()
+        _open_pools.add(self)
         decay = self.config.cleanup_interval if self.config.enable_memory_pools else 0.0
         for device, size in self.config.pool_sizes.items():
             if _CUDA.fullmatch(device):
@@ -335,3 +329,6 @@ class MemoryPoolManager(_core.Pools):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+_open_pools: weakref.WeakSet[MemoryPoolManager] = weakref.WeakSet()

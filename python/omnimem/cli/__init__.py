@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import click
 
 from omnimem import __version__
+from omnimem.cli.config import config_command
 from omnimem.cli.demo import demo_command
 from omnimem.cli.doctor import doctor_command
 from omnimem.cli.pack import pack_command, unpack_command
@@ -44,6 +45,7 @@ for _command in (
     pack_command,
     unpack_command,
     synth_command,
+    config_command,
     demo_command,
 ):
     cli.add_command(_command)
