@@ -14,12 +14,13 @@ import mmap
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ MADV_POPULATE_WRITE = 23
 MARK = "OMNIMEM-BENCH-RESULT "
 GB = 1e9
 PACKAGES = (
-    "torch", "transformers", "accelerate", "safetensors", "runai-model-streamer",
+    "torch", "transformers", "diffusers", "accelerate", "safetensors", "runai-model-streamer",
     "fastsafetensors", "numpy", "deepspeed", "zstandard", "lz4", "blosc2", "zipnn", "omnimem",
 )  # fmt: skip
 console = Console(stderr=True)
@@ -124,6 +125,28 @@ def reset_peak(cgroup: str | None) -> int:
     before = int(file.read_text())
     file.write_text("0")
     return before
+
+
+@contextlib.contextmanager
+def swap_file(scratch: Path, nbytes: int) -> Iterator[None]:
+    """Give the kernel a swap file for as long as the block runs; it goes whatever happens."""
+    file = scratch / f"omnimem-bench-swap-{os.getpid()}"
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+        os.close(fd)
+        for command in (["mkswap", str(file)], ["swapon", str(file)]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise BenchError(f"{command[0]}: {done.stderr.strip()}")
+        yield
+    finally:
+        # A second Ctrl-C must not leave the machine with a swap file, nor stop swapoff itself.
+        former = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+        subprocess.run(["swapoff", str(file)], capture_output=True)
+        file.unlink(missing_ok=True)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 @dataclass
@@ -368,6 +391,11 @@ def tensors(model_dir: Path) -> dict[str, TensorAt]:
                              tuple(item["shape"]))  # fmt: skip
             found[name] = where
     return found
+
+
+def weights(folder: Path) -> int:
+    """Bytes of a checkpoint's tensors."""
+    return sum(at.nbytes for at in tensors(folder).values())
 
 
 # -- numbers and tables ----------------------------------------------------------------------------
