@@ -261,7 +261,7 @@ def claim_short(args: argparse.Namespace, data: dict[str, Any]) -> tuple[list[st
     if not first["result"]:
         raise BenchError(f"plain failed, so no limit can be set: {first['error']}")
     serving = first["result"]["serving"]
-    base = max(serving["VmHWM"], serving["cgroup_peak"]) - args.total
+    base = serving["VmHWM"] - args.total  # anonymous memory and the libraries that it maps
     limit = base + budget
     data["baseline"], data["short_limit"] = base, limit
     schedule = "ABC" * (args.cycles + 1)
