@@ -371,7 +371,7 @@ def _managed(root: Path, budget: int) -> Pipeline:
     models = {kind: manager.attach(skeleton(root, kind), folder_of(root, kind)) for kind in KINDS}
 
     def facts() -> dict[str, Any]:
-        return {"memory": repr(manager.get_memory_stats())}
+        return {kind: model.omnimem.stats() for kind, model in models.items()}
 
     return Pipeline(models, facts, manager.cleanup)
 

@@ -72,6 +72,17 @@ def drop_caches() -> None:
         raise BenchError(f"cannot drop the page cache ({error}); run this as root") from error
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM for as long as the block runs: what it takes away has to go."""
+    former = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 class Cgroup:
     """A memory cgroup (v1) of its own for one child process.
 
@@ -99,14 +110,15 @@ class Cgroup:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for _ in range(50):
-            with contextlib.suppress(OSError):
-                self._write("memory.force_empty", 0)
-            try:
-                self.path.rmdir()
-                return
-            except OSError:
-                time.sleep(0.1)
+        with uninterrupted():
+            for _ in range(50):
+                with contextlib.suppress(OSError):
+                    self._write("memory.force_empty", 0)
+                try:
+                    self.path.rmdir()
+                    return
+                except OSError:
+                    time.sleep(0.1)
         console.print(f"[yellow]could not remove {self.path}[/yellow]")
 
     def _write(self, name: str, value: int) -> None:
@@ -141,12 +153,9 @@ def swap_file(scratch: Path, nbytes: int) -> Iterator[None]:
                 raise BenchError(f"{command[0]}: {done.stderr.strip()}")
         yield
     finally:
-        # A second Ctrl-C must not leave the machine with a swap file, nor stop swapoff itself.
-        former = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-        subprocess.run(["swapoff", str(file)], capture_output=True)
-        file.unlink(missing_ok=True)
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        with uninterrupted():
+            subprocess.run(["swapoff", str(file)], capture_output=True)
+            file.unlink(missing_ok=True)
 
 
 @dataclass
