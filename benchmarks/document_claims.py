@@ -329,25 +329,30 @@ def claim_latency(args: argparse.Namespace, data: dict[str, Any]) -> tuple[list[
     return cells, bad
 
 
+def callgrind(args: argparse.Namespace, name: str, passes: int) -> int:
+    """Instructions of a process that loads the models and decodes that many tokens, and two."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", sys.executable,
+                   __file__, "--child", "instructions", "--contender", name, "--dir",
+                   str(args.dir), "--scale", args.scale, "--budget-bytes",
+                   str(int(args.total * 1.05)), "--repeats", str(passes), "--scratch",
+                   str(args.scratch)]  # fmt: skip
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env,
+                              timeout=args.timeout)  # fmt: skip
+        if not out.exists():
+            raise BenchError(f"callgrind of {name}: {done.stderr.strip()[-300:]}")
+        line = next(ln for ln in out.read_text().splitlines() if ln.startswith("summary:"))
+        return int(line.split()[1])
+
+
 def count_instructions(args: argparse.Namespace, data: dict[str, Any]) -> None:
-    """Instructions of a decode pass of model A, plain and ours, by callgrind."""
+    """Instructions of a decode pass of model A, plain and ours: of two runs, the difference."""
     counts = {}
     for name in ("plain", args.ours):
-        with tempfile.TemporaryDirectory() as folder:
-            command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out",
-                       "--dump-before=getppid", sys.executable, __file__, "--child",
-                       "instructions", "--contender", name, "--dir", str(args.dir), "--scale",
-                       args.scale, "--budget-bytes", str(int(args.total * 1.05)), "--repeats",
-                       str(args.passes), "--scratch", str(args.scratch)]  # fmt: skip
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-            done = subprocess.run(command, capture_output=True, text=True, env=env,
-                                  timeout=args.timeout)  # fmt: skip
-            dump = Path(folder) / "out.2"
-            if not dump.exists():
-                raise BenchError(f"callgrind of {name}: {done.stderr.strip()[-300:]}")
-            total = next(line for line in dump.read_text().splitlines()
-                         if line.startswith(("totals:", "summary:")))  # fmt: skip
-            counts[name] = int(total.split()[1]) / args.passes
+        more, fewer = callgrind(args, name, args.passes), callgrind(args, name, 0)
+        counts[name] = (more - fewer) / args.passes
     data["instructions"] = counts
     plain, ours = counts["plain"], counts[args.ours]
     show_table("Instructions of a decode pass (callgrind, one thread)",
