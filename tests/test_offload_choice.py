@@ -203,6 +203,23 @@ def test_what_does_not_fit_streams() -> None:
     assert (within.action, within.nbytes) == ("stream", 200 * MIB)
     assert "the budget" in within.reason
     assert restore(big, memory(0.4), CONFIG, NOW, room=300 * MIB).action == "restore"
+    assert restore(big, memory(0.7), CONFIG, NOW, idle=201 * MIB).action == "restore"
+    assert restore(big, memory(0.7), CONFIG, NOW, idle=200 * MIB).nbytes == 300 * MIB
+
+
+def test_those_that_come_back_count_for_the_next() -> None:
+    soon = model("soon", next=NOW + 1, gap=51, **AWAY)
+    later = model("later", next=NOW + 2, gap=51, **{**AWAY, "missing_bytes": 150 * MIB})
+    plans = plan_restores(memory(0.4), [later, soon], CONFIG, NOW, room=250 * MIB)
+    assert [(name, plan.action) for name, plan in plans.items()] == [
+        ("soon", "restore"),
+        ("later", "restore"),
+    ]
+    plans = plan_restores(memory(0.4), [later, soon], CONFIG, NOW, room=200 * MIB)
+    assert (plans["later"].action, plans["later"].nbytes) == ("stream", 100 * MIB)
+    plans = plan_restores(memory(0.59), [later, soon], CONFIG, NOW)
+    assert not plans["later"]
+    assert "not below restore_threshold" in plans["later"].reason
 
 
 # ---- what holds always ----

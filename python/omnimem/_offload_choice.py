@@ -313,20 +313,31 @@ def _too_early(model: Model, memory: Memory, config: OffloadConfig, now: float) 
 
 
 def restore(
-    model: Model, memory: Memory, config: OffloadConfig, now: float, room: int | None = None
+    model: Model,
+    memory: Memory,
+    config: OffloadConfig,
+    now: float,
+    room: int | None = None,
+    idle: int = 0,
 ) -> OffloadDecision:
     """How a model that is asked for comes back: as a whole, or streaming.
 
-    The memory is taken only where less than `offload_threshold` is in use then.
+    Parameters
+    ----------
+    room : int, optional
+        Bytes that another limit still allows; None: there is none.
+    idle : int
+        Bytes in memory that give way to it by themselves.
     """
-    free = memory.room(config.offload_threshold)
+    free = memory.room(config.offload_threshold) + idle
+    fits = model.missing_bytes < free
     limit = f"offload_threshold {config.offload_threshold:.1%}"
     if room is not None and room < free:
         free, limit = max(room, 0), "the budget"
-    fits = model.missing_bytes < free or (limit == "the budget" and model.missing_bytes == free)
+        fits = model.missing_bytes <= free
     need = f"{format_size(model.missing_bytes)} of {model.model_id!r}"
     if fits:
-        after = (memory.used + model.missing_bytes) / memory.total
+        after = (memory.used + max(model.missing_bytes - idle, 0)) / memory.total
         reason = f"{need} come to memory, of which then {after:.1%} are in use, within {limit}"
     else:
         reason = f"{need} do not fit: {memory}, {format_size(free)} free below {limit}; it streams"
