@@ -33,6 +33,7 @@ struct om_ticket;
 struct om_stream;
 struct om_bank;
 struct om_chunk;
+struct om_monitor;
 
 /* What a block's bytes mean; remembered, never interpreted by the core. DLPack type codes. */
 struct om_desc {
@@ -603,6 +604,39 @@ struct om_memory {
  * use. Read anew at each call. `root` goes before every path (NULL: none), for tests. */
 int om_memory_now(const char *root, struct om_memory *ret);
 
+#define OM_PLACES 16
+#define OM_GPUS   16
+#define OM_UNTOLD UINT64_MAX /* the system does not tell it: never 0 */
+/* Where memory is limited. */
+struct om_place {
+	uint64_t limit_bytes; /* the lower of a cgroup's max and high */
+	uint64_t high_bytes;  /* above it a cgroup is slowed down; 0: nowhere */
+	uint64_t used_bytes;  /* page cache that can be dropped at once is not in use */
+	uint64_t available_bytes;
+	char source[256]; /* as in om_memory */
+};
+struct om_gpu {
+	unsigned index; /* NVML's */
+	char uuid[96], name[96];
+	uint64_t total_bytes, free_bytes;
+};
+/* How often limits of our cgroup and those above it were met, ever (version 1 tells MAX and OOM_KILL). */
+enum om_strain { OM_STRAIN_HIGH, OM_STRAIN_MAX, OM_STRAIN_OOM, OM_STRAIN_OOM_KILL, OM_STRAINS };
+struct om_sample {
+	uint64_t at_ns; /* om_now() */
+	struct om_place
+		places[OM_PLACES]; /* the system, and every cgroup with a limit, ours first */
+	unsigned place_count;
+	uint64_t swap_total_bytes, swap_free_bytes;
+	uint64_t rss_bytes;
+	/* Some thread, all threads waited for memory so long, ever: of our cgroup, else of the machine. */
+	uint64_t stall_some_us, stall_full_us;
+	uint64_t strains[OM_STRAINS];
+	struct om_gpu
+		gpus[OM_GPUS]; /* that this process may use; one cut into MIG devices is left out */
+	unsigned gpu_count;
+};
+
 enum om_level { OM_LOW, OM_MEDIUM, OM_HIGH, OM_CRITICAL };
 /* A level of pressure from shares in use, and its trend. A level is entered at once when the share
  * reaches its threshold, and left 0.05 below it. */
@@ -616,6 +650,118 @@ void om_pressure_get(struct om_pressure *p, double ret_thresholds[3]);
 enum om_level om_pressure_feed(struct om_pressure *p, double usage);
 /* 1 rising, -1 falling, 0 neither: by the line through the shares of the last minute. */
 int om_pressure_trend(struct om_pressure *p);
+
+/* Memory is short, as `level` says, or no longer (OM_LOW). From OM_MEDIUM on memory that no block uses goes back to
+ * the system; `bytes` of HOST go besides, of idle blocks; what must be written is written. `ceiling`: the share of
+ * the tightest memory in use from which on the store gives up idle blocks before it takes more memory; 0: the
+ * default. OM_EBUSY at the deadline: the rest is on its way. */
+struct om_pressed {
+	uint64_t trimmed_bytes, dropped_bytes, dropped_blocks, written_bytes, written_blocks;
+	uint64_t left_bytes; /* idle bytes that are left */
+};
+int om_store_press(struct om_store *s, enum om_level level, double ceiling, uint64_t bytes,
+                   uint64_t deadline_ns, struct om_pressed *ret);
+
+/* ---- the monitor ---- */
+
+/* Takes samples, on a thread of its own ("omnimem-monitor") or on the caller's, decides on a level from each (by
+ * the rules in core/om_pressure.h: RAM by the tightest place, stalls, the time that is left, limits that were met;
+ * each GPU by its share in use; the highest counts), keeps their history, and with `act` has the stores and
+ * banks that it watches give memory back:
+ * from MEDIUM on what nobody uses; from HIGH on what the C library holds, too, and idle bytes of the stores, so that
+ * less is in use than where the level is left, at most a twentieth of all in one step unless it is CRITICAL, in
+ * proportion to what each has idle; none while use falls by itself by 15 % a sample. What a GPU lacks, no store
+ * can give. */
+struct om_monitor_config {
+	double thresholds[3]; /* shares in use at which MEDIUM, HIGH and CRITICAL begin */
+	uint64_t
+		interval_ns; /* between samples at most: 10 ms to a day. The nearer the end, the more often:
+	                       * what is left, by the fastest growth seen (which is forgotten by half a
+	                       * minute), down to 50 ms */
+	bool act;
+	const char *root; /* goes before every path (NULL: none), for tests */
+};
+/* OM_EVALUE: thresholds that do not rise from above 0 to at most 1, another interval. */
+int om_monitor_create(const struct om_monitor_config *config, struct om_monitor **ret);
+/* Stops, lets go of what is watched and wakes who waits. Every later call returns OM_ECLOSED. Idempotent. */
+int om_monitor_close(struct om_monitor *m);
+void om_monitor_free(struct om_monitor *m); /* closes; nobody may be inside */
+/* Counted: as often unwatched as watched. One that was closed leaves by itself. What is no longer watched, or when
+ * the monitor stops, is told that memory is not short any more. */
+int om_monitor_watch(struct om_monitor *m, struct om_store *s);
+int om_monitor_unwatch(struct om_monitor *m, struct om_store *s);
+int om_monitor_watch_bank(struct om_monitor *m, struct om_bank *b);
+int om_monitor_unwatch_bank(struct om_monitor *m, struct om_bank *b);
+/* Start and stop its thread. Both idempotent. */
+int om_monitor_start(struct om_monitor *m);
+int om_monitor_stop(struct om_monitor *m);
+bool om_monitor_running(struct om_monitor *m);
+
+enum om_course { OM_STABLE, OM_RISING, OM_FALLING, OM_OSCILLATING };
+#define OM_PEAK_BLOCKS 16
+struct om_large {
+	uint64_t nbytes;            /* of HOST */
+	char block[128], group[64]; /* the beginning of its name */
+};
+/* Put the largest blocks of a store among those that are there, `*count` so far, in order. */
+int om_store_largest(struct om_store *s, struct om_large ret[OM_PEAK_BLOCKS], unsigned *count);
+struct om_peak {
+	uint64_t bytes, at_ns, wall_ns;
+	/* The largest blocks in HOST of the stores watched, when it was last at least 1 % above the former list. */
+	unsigned count;
+	struct om_large blocks[OM_PEAK_BLOCKS];
+};
+struct om_report {
+	uint64_t number;  /* of the sample, from 1 */
+	uint64_t wall_ns; /* CLOCK_REALTIME */
+	struct om_sample sample;
+	unsigned tightest; /* which place */
+	enum om_level level, ram_level, gpu_levels[OM_GPUS];
+	uint64_t level_since_ns;
+	uint64_t transitions[4]; /* by level entered */
+	char cause[512];         /* of the level, in numbers; "" when it is LOW */
+	/* Shares of time stalled, over a second or since the last sample if that is longer; NaN: unknown. */
+	double some, full;
+	/* Of the bytes in use at the tightest place, by the line through the last 30 s. */
+	unsigned samples;
+	double slope, r2; /* bytes a second; NaN with fewer than 8 samples */
+	double seconds_left; /* NaN unless it rises, r2 >= 0.5, and it has risen for the last 5 s, too */
+	enum om_course course; /* a thousandth of all in a second is nothing */
+	uint64_t interval_ns;  /* to the next sample */
+	uint64_t lag_ns;       /* it came so late */
+	uint64_t busy_ns;      /* processor time that all samples took */
+	struct om_peak peak;
+};
+/* Take a sample now, on this thread; and act, as the monitor's thread would. */
+int om_monitor_sample(struct om_monitor *m, struct om_report *ret);
+/* The last one; takes one if there was none. */
+int om_monitor_report(struct om_monitor *m, struct om_report *ret);
+/* Until a sample's number is above `since` and its level at least `level`; *ret_number: the last one's. OM_EBUSY (no
+ * error is set) at the deadline. */
+int om_monitor_wait(struct om_monitor *m, int64_t since, enum om_level level, uint64_t deadline_ns,
+                    uint64_t *ret_number);
+/* Bytes in use at the tightest place: of each of the last 600 seconds (`seconds` 1), 720 times 10 s or 1440 minutes
+ * in which there was a sample, as one om_alloc'ed array, the oldest first. OM_EVALUE: other `seconds`. */
+struct om_span {
+	uint64_t start_ns, min_bytes, max_bytes, last_bytes;
+	double mean_bytes;
+};
+int om_monitor_history(struct om_monitor *m, unsigned seconds, struct om_span **ret,
+                       size_t *ret_count);
+/* What it did, the last 256. TRIM: unused memory went back; EVICT: idle blocks went; HEAP: the C library's; RELAX:
+ * told that memory is not short any more; NONE: bytes were wanted and nothing idle was left (told once, until
+ * something else happens). */
+enum om_action_kind { OM_ACT_TRIM, OM_ACT_EVICT, OM_ACT_HEAP, OM_ACT_RELAX, OM_ACT_NONE };
+struct om_action {
+	uint64_t number, at_ns, wall_ns; /* number: from 1 */
+	enum om_action_kind kind;
+	enum om_level level;
+	uint64_t wanted_bytes, freed_bytes;
+	char cause[768];
+};
+/* Those with a number above `since`, as one om_alloc'ed array. */
+int om_monitor_actions(struct om_monitor *m, uint64_t since, struct om_action **ret,
+                       size_t *ret_count);
 
 /* ---- codec ---- */
 

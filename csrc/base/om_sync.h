@@ -12,9 +12,11 @@
 #include <stdint.h>
 
 enum om_rank {
-	OM_RANK_STORE = 10, /* struct om_store: everything the store owns */
-	OM_RANK_WORK = 20,  /* struct om_work: the queue of the worker threads */
-	OM_RANK_IO = 30,    /* the thread back end's queues */
+	OM_RANK_TURN = 4,    /* struct om_monitor: taking a sample and acting on it */
+	OM_RANK_MONITOR = 5, /* struct om_monitor: what it tells */
+	OM_RANK_STORE = 10,  /* struct om_store: everything the store owns */
+	OM_RANK_WORK = 20,   /* struct om_work: the queue of the worker threads */
+	OM_RANK_IO = 30,     /* the thread back end's queues */
 };
 
 struct om_mutex {

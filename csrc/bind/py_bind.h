@@ -162,6 +162,8 @@ struct py_bank {
 };
 struct py_bank *py_bank_ref(struct py_bank *bank);
 void py_bank_unref(struct py_bank *bank);
+/* Its banks, borrowed, at most `room`: how many. -1: no Pools. */
+int py_pools_banks(PyObject *pools, struct om_bank **ret, int room);
 /* The object of a chunk, which is not freed (py_block.c). */
 PyObject *py_chunk_face(struct py_bank *bank, struct om_chunk *c);
 /* The chunk of a pool's block: 0; ValueError when it has none, or is of no pool. *ret_bank is borrowed. */
@@ -193,6 +195,8 @@ PyObject *py_codec_use(PyObject *, PyObject *);
 /* simulate (py_simulate.c), memory (py_pressure.c). */
 PyObject *py_simulate(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_memory(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+/* Three numbers from any sequence. */
+int py_thresholds(PyObject *o, double ret[3]);
 
 /* ---- data that goes out (py_export.c) ---- */
 
@@ -236,10 +240,11 @@ int py_window_check(uint64_t block_nbytes, uint64_t offset, struct om_dl_type ty
                     const int64_t *shape, const int64_t *strides, uint64_t *ret_nbytes);
 
 extern PyType_Spec py_store_spec, py_lease_spec, py_window_spec, py_ticket_spec, py_stream_spec,
-	py_pressure_spec, py_block_spec, py_ranking_spec, py_cache_spec, py_pools_spec;
+	py_pressure_spec, py_block_spec, py_ranking_spec, py_cache_spec, py_pools_spec,
+	py_monitor_spec;
 extern PyTypeObject *py_store_type, *py_lease_type, *py_window_type, *py_ticket_type,
 	*py_stream_type, *py_pressure_type, *py_block_type, *py_ranking_type, *py_cache_type,
-	*py_pools_type;
+	*py_pools_type, *py_monitor_type;
 
 /* Casts a METH_FASTCALL | METH_KEYWORDS function for a method table. */
 #define PY_FAST(function) ((PyCFunction)(void (*)(void))(function))

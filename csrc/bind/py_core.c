@@ -299,6 +299,7 @@ static const struct {
 	{ "Ranking", &py_ranking_spec, &py_ranking_type },
 	{ "Cache", &py_cache_spec, &py_cache_type },
 	{ "Pools", &py_pools_spec, &py_pools_type },
+	{ "Monitor", &py_monitor_spec, &py_monitor_type },
 };
 #define TYPES (sizeof(types) / sizeof(types[0]))
 

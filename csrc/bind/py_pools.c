@@ -36,6 +36,20 @@ void py_bank_unref(struct py_bank *bank)
 	PyMem_Free(bank);
 }
 
+int py_pools_banks(PyObject *pools, struct om_bank **ret, int room)
+{
+	const struct py_pools *p = (struct py_pools *)pools;
+	int count = 0;
+
+	if (!PyType_IsSubtype(Py_TYPE(pools), py_pools_type)) {
+		PyErr_Format(PyExc_TypeError, "pools must be a Pools, not %R", Py_TYPE(pools));
+		return -1;
+	}
+	for (; count < p->count && count < room; count++)
+		ret[count] = p->banks[count]->b;
+	return count;
+}
+
 static void pools_dealloc(PyObject *self)
 {
 	struct py_pools *p = (struct py_pools *)self;

@@ -7,8 +7,7 @@ struct py_pressure {
 
 PyTypeObject *py_pressure_type;
 
-/* Three numbers from any sequence. */
-static int read_thresholds(PyObject *o, double ret[3])
+int py_thresholds(PyObject *o, double ret[3])
 {
 	PyObject *list = PySequence_List(o);
 
@@ -38,7 +37,7 @@ static int give_thresholds(struct py_pressure *me, PyObject *o)
 	double thresholds[3];
 	int code;
 
-	if (read_thresholds(o, thresholds))
+	if (py_thresholds(o, thresholds))
 		return -1;
 	code = me->p ? om_pressure_set(me->p, thresholds) : om_pressure_create(thresholds, &me->p);
 	if (code)

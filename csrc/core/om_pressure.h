@@ -1,27 +1,73 @@
 /*
- * om_pressure: a level of memory pressure from shares in use, with hysteresis, and its trend. A pure
- * step over a sample: the caller feeds samples with their times, and serialises.
+ * om_pressure: a level of memory pressure from a reading, with hysteresis. One pure step, whose rules serve
+ * every monitor; the caller feeds readings with their times, and serialises.
+ *
+ * A level is asked for while one of its conditions holds: the share in use, stalls, the time until nothing is
+ * left, limits that were met. Where only shares count, and nothing has to be confirmed or to dwell, a level is
+ * entered at once and left `margin` below its threshold. With a dwell:
+ *
+ * - CRITICAL is entered by the first reading that asks for it; other levels by the second in a row.
+ * - A level is left, for the next lower one, once no reading has held it for a dwell. A reading holds it while the
+ *   share is no lower than its threshold less the margin, or another condition of it, or of a higher one, holds.
+ * - After a level was left, none but CRITICAL is entered until a dwell has passed.
+ *
+ * So a move down comes a dwell after any other move, and a move up comes a dwell after a move down, unless it is
+ * to CRITICAL: in any dwell the level rises (in one step or in several), or falls by one, or rises to CRITICAL
+ * after it fell.
  */
 #ifndef OM_PRESSURE_H
 #define OM_PRESSURE_H
 
+#include "core/om_trend.h"
 #include "omnimem.h"
 
-#define OM_PRESSURE_SAMPLES 64
-#define OM_PRESSURE_MARGIN  0.05 /* a level is left that far below where it is entered */
+#define OM_PRESSURE_MARGIN 0.05 /* a level is left that far below where it is entered */
+
+struct om_pressure_rules {
+	double thresholds[3]; /* of MEDIUM, HIGH, CRITICAL */
+	double margin;
+	bool confirm;
+	uint64_t dwell_ns;
+	double some[3],
+		full[3];   /* shares of time stalled from which a level is asked for; 0: off */
+	double seconds[3]; /* until nothing is left, below which it is asked for; 0: off */
+	bool events;       /* limits that were met ask for CRITICAL, from the first threshold on: */
+			   /* below it, it was page cache that met them, and made way */
+};
+
+struct om_reading {
+	uint64_t at_ns;
+	double usage;        /* share in use */
+	double some, full;   /* shares of time stalled; NaN: unknown */
+	double seconds_left; /* NaN: unknown */
+	bool met;            /* limits were met since the last reading */
+};
+
+enum om_cause {
+	OM_CAUSE_NONE,
+	OM_CAUSE_USE,
+	OM_CAUSE_SOME,
+	OM_CAUSE_FULL,
+	OM_CAUSE_TIME,
+	OM_CAUSE_MET
+};
 
 struct om_pressure_state {
-	double thresholds[3]; /* of MEDIUM, HIGH, CRITICAL */
+	struct om_pressure_rules rules;
 	enum om_level level;
-	uint64_t times_ns[OM_PRESSURE_SAMPLES]; /* a ring */
-	double usages[OM_PRESSURE_SAMPLES];
-	uint64_t fed;
+	enum om_level asked; /* by the last reading */
+	enum om_cause
+		cause;    /* of what the last reading held the level by; NONE: by the dwell alone */
+	uint64_t held_ns; /* the last time that a reading held the level */
+	uint64_t fell_ns; /* the last move down */
+	bool fallen;      /* there was one */
 };
 
 /* OM_EVALUE, and nothing changes, unless 0 < first < second < third <= 1. */
 int om_pressure_state_set(struct om_pressure_state *p, const double thresholds[3]);
-enum om_level om_pressure_state_feed(struct om_pressure_state *p, uint64_t now_ns, double usage);
-/* 1 rising, -1 falling, 0 neither: the line through the last minute's samples leaves a point behind. */
-int om_pressure_state_trend(const struct om_pressure_state *p);
+/* Rules: shares alone, at once; and those of the monitor. */
+void om_pressure_plain(struct om_pressure_state *p);
+void om_pressure_full(struct om_pressure_state *p);
+enum om_level om_pressure_step(struct om_pressure_state *p, const struct om_reading *r);
 
 #endif

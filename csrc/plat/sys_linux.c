@@ -1,10 +1,13 @@
-/* sys_linux: see om_sys.h. Text files of the kernel, read whole into the stack. */
-#include "plat/om_sys.h"
+/*
+ * sys_linux: see om_sys.h. The system's own numbers, and a sample of all there is.
+ *
+ * Text files of the kernel are read whole into the stack. A sampler owns its path and the GPUs' library.
+ */
+#include "plat/om_sys_int.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <inttypes.h>
-#include <limits.h>
+#include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,12 +16,8 @@
 #include "base/om_base.h"
 #include "base/om_error.h"
 
-#define TEXT_BYTES 65536
-#define NO_LIMIT   (UINT64_C(1) << 60) /* version 1 writes "none" as nearly 2^63 */
-
-/* The file's text, cut at TEXT_BYTES; its length or -errno. */
-static int read_text(const char *root, const char *directory, const char *name,
-                     char text[TEXT_BYTES])
+int om_text_read(const char *root, const char *directory, const char *name,
+                 char text[OM_TEXT_BYTES])
 {
 	char path[PATH_MAX];
 	int fd, n, used = 0;
@@ -28,8 +27,8 @@ static int read_text(const char *root, const char *directory, const char *name,
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
 		return -errno;
-	while (used < TEXT_BYTES - 1 &&
-	       (n = (int)read(fd, text + used, (size_t)(TEXT_BYTES - 1 - used))) != 0) {
+	while (used < OM_TEXT_BYTES - 1 &&
+	       (n = (int)read(fd, text + used, (size_t)(OM_TEXT_BYTES - 1 - used))) != 0) {
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n < 0) {
@@ -44,8 +43,7 @@ static int read_text(const char *root, const char *directory, const char *name,
 	return used;
 }
 
-/* "key value" or "key: value" at the start of a line. */
-static bool find_number(const char *text, const char *key, uint64_t *ret)
+bool om_text_find(const char *text, const char *key, uint64_t *ret)
 {
 	size_t n = strlen(key);
 
@@ -59,191 +57,197 @@ static bool find_number(const char *text, const char *key, uint64_t *ret)
 	return false;
 }
 
-/* A file that holds one number; false when there is none ("max", no such file). */
-static bool read_number(const char *root, const char *directory, const char *name, uint64_t *ret)
+bool om_text_number(const char *root, const char *directory, const char *name, uint64_t *ret)
 {
-	char text[TEXT_BYTES], *end;
+	char text[OM_TEXT_BYTES], *end;
 
-	if (read_text(root, directory, name, text) < 0)
+	if (om_text_read(root, directory, name, text) < 0)
 		return false;
 	*ret = strtoull(text, &end, 10);
 	return end != text;
 }
 
-static int read_system(const char *root, struct om_memory *ret)
+static int read_system(const char *root, struct om_sample *ret)
 {
-	char text[TEXT_BYTES];
-	int code = read_text(root, "/proc", "meminfo", text);
+	struct om_place *p = &ret->places[0];
+	char text[OM_TEXT_BYTES];
+	int code = om_text_read(root, "/proc", "meminfo", text);
 
-	*ret = (struct om_memory){ .source = "system" };
 	if (code < 0)
 		return om_err(code, "cannot read %s/proc/meminfo: %s", root, om_err_text(code));
-	if (!find_number(text, "MemTotal", &ret->total_bytes) || !ret->total_bytes ||
-	    !find_number(text, "MemAvailable", &ret->available_bytes))
+	if (!om_text_find(text, "MemTotal", &p->limit_bytes) || !p->limit_bytes ||
+	    !om_text_find(text, "MemAvailable", &p->available_bytes))
 		return om_err(-ENODATA, "%s/proc/meminfo tells no MemTotal and MemAvailable", root);
-	ret->total_bytes *= 1024;
-	ret->available_bytes = OM_MIN(ret->available_bytes * 1024, ret->total_bytes);
+	p->limit_bytes *= 1024;
+	p->available_bytes = OM_MIN(p->available_bytes * 1024, p->limit_bytes);
+	p->used_bytes = p->limit_bytes - p->available_bytes;
+	snprintf(p->source, sizeof(p->source), "system");
+	ret->place_count = 1;
+	if (om_text_find(text, "SwapTotal", &ret->swap_total_bytes) &&
+	    om_text_find(text, "SwapFree", &ret->swap_free_bytes)) {
+		ret->swap_total_bytes *= 1024;
+		ret->swap_free_bytes *= 1024;
+	}
 	return 0;
 }
 
-/* ---- cgroups ---- */
-
-struct hierarchy {
-	bool unified;          /* version 2 */
-	char mount[PATH_MAX];  /* where it is mounted */
-	char origin[PATH_MAX]; /* the directory of the hierarchy that is mounted there */
-	char own[PATH_MAX];    /* this process's directory in the hierarchy */
-};
-
-/* The next field of a line in mountinfo, which writes odd characters as \040. */
-static const char *take_field(const char *at, char *ret, size_t size)
+double om_place_usage(const struct om_place *p)
 {
-	size_t n = 0;
-
-	while (*at == ' ')
-		at++;
-	for (; *at && *at != ' ' && *at != '\n'; n++) {
-		char c = *at++;
-
-		if (c == '\\' && at[0] >= '0' && at[0] <= '3' && at[1] && at[2]) {
-			c = (char)((at[0] - '0') * 64 + (at[1] - '0') * 8 + (at[2] - '0'));
-			at += 3;
-		}
-		if (n + 1 < size)
-			ret[n] = c;
-	}
-	ret[OM_MIN(n, size - 1)] = '\0';
-	return at;
+	return 1.0 - (double)p->available_bytes / (double)p->limit_bytes;
 }
 
-static bool has_word(const char *list, const char *word)
+const struct om_place *om_sample_tightest(const struct om_sample *s)
 {
-	size_t n = strlen(word);
+	const struct om_place *found = &s->places[0];
 
-	for (const char *at = list; (at = strstr(at, word)); at += n)
-		if ((at == list || at[-1] == ',') && (at[n] == ',' || !at[n]))
-			return true;
-	return false;
+	for (unsigned i = 1; i < s->place_count; i++)
+		if (om_place_usage(&s->places[i]) > om_place_usage(found))
+			found = &s->places[i];
+	return found;
 }
 
-/* Where the hierarchy is mounted: mountinfo's lines are
- * "id parent device origin mount options... - type source superoptions". */
-static bool find_mount(const char *mountinfo, struct hierarchy *h)
+static void begin(struct om_sample *s)
 {
-	for (const char *line = mountinfo; line && *line; line = strchr(line, '\n')) {
-		char skipped[PATH_MAX], type[64], options[PATH_MAX];
-		const char *at;
-
-		line += *line == '\n';
-		at = line;
-		for (int i = 0; i < 3; i++)
-			at = take_field(at, skipped, sizeof(skipped));
-		at = take_field(at, h->origin, sizeof(h->origin));
-		at = take_field(at, h->mount, sizeof(h->mount));
-		do
-			at = take_field(at, skipped, sizeof(skipped));
-		while (*skipped && strcmp(skipped, "-"));
-		at = take_field(at, type, sizeof(type));
-		at = take_field(at, skipped, sizeof(skipped));
-		take_field(at, options, sizeof(options));
-		if (h->unified ? !strcmp(type, "cgroup2")
-		               : !strcmp(type, "cgroup") && has_word(options, "memory"))
-			return true;
-	}
-	return false;
-}
-
-/* This process's directory: "number:controllers:directory", version 2 as "0::directory". */
-static bool find_own(const char *text, struct hierarchy *h)
-{
-	for (const char *line = text; line && *line; line = strchr(line, '\n')) {
-		char controllers[256];
-		const char *colon, *end;
-
-		line += *line == '\n';
-		colon = strchr(line, ':');
-		end = colon ? strchr(colon + 1, ':') : NULL;
-		if (!end)
-			return false;
-		snprintf(controllers, sizeof(controllers), "%.*s", (int)(end - colon - 1),
-		         colon + 1);
-		if (h->unified ? *controllers : !has_word(controllers, "memory"))
-			continue;
-		snprintf(h->own, sizeof(h->own), "%.*s", (int)strcspn(end + 1, "\n"), end + 1);
-		return true;
-	}
-	return false;
-}
-
-/* One cgroup's limit and what it has left. False: no limit, or not to be read. */
-static bool read_cgroup(const char *root, const char *directory, bool unified,
-                        struct om_memory *ret)
-{
-	uint64_t limit = UINT64_MAX, high, used, cache = 0;
-	char text[TEXT_BYTES];
-
-	if (!read_number(root, directory, unified ? "memory.max" : "memory.limit_in_bytes", &limit))
-		limit = UINT64_MAX;
-	if (unified && read_number(root, directory, "memory.high", &high))
-		limit = OM_MIN(limit, high);
-	if (!limit || limit >= NO_LIMIT ||
-	    !read_number(root, directory, unified ? "memory.current" : "memory.usage_in_bytes",
-	                 &used))
-		return false;
-	if (read_text(root, directory, "memory.stat", text) > 0)
-		find_number(text, unified ? "inactive_file" : "total_inactive_file", &cache);
-	used -= OM_MIN(cache, used);
-	*ret = (struct om_memory){ .total_bytes = limit,
-		                   .available_bytes = limit - OM_MIN(used, limit) };
-	snprintf(ret->source, sizeof(ret->source), "cgroup %.*s", (int)sizeof(ret->source) - 8,
-	         directory);
-	return true;
-}
-
-static double share_used(const struct om_memory *m)
-{
-	return 1.0 - (double)m->available_bytes / (double)m->total_bytes;
-}
-
-/* From the process's own directory up to the mount. */
-static void walk(const char *root, struct hierarchy *h, struct om_memory *tightest)
-{
-	size_t origin = strcmp(h->origin, "/") ? strlen(h->origin) : 0, mount = strlen(h->mount);
-	const char *below = strncmp(h->own, h->origin, origin) ? "" : h->own + origin;
-	char directory[2 * PATH_MAX];
-
-	snprintf(directory, sizeof(directory), "%s%s", h->mount, strcmp(below, "/") ? below : "");
-	for (;;) {
-		struct om_memory here;
-		char *slash;
-
-		if (read_cgroup(root, directory, h->unified, &here) &&
-		    share_used(&here) > share_used(tightest))
-			*tightest = here;
-		slash = strrchr(directory, '/');
-		if (!slash || strlen(directory) <= mount)
-			return;
-		*slash = '\0';
-	}
+	memset(s, 0, sizeof(*s));
+	s->at_ns = om_now();
+	s->stall_some_us = s->stall_full_us = s->rss_bytes = OM_UNTOLD;
+	for (int i = 0; i < OM_STRAINS; i++)
+		s->strains[i] = OM_UNTOLD;
 }
 
 int om_sys_memory(const char *root, struct om_memory *ret)
 {
-	char mounts[TEXT_BYTES], own[TEXT_BYTES];
+	char own[OM_TEXT_BYTES];
+	struct om_chain chains[2];
+	const struct om_place *tightest;
+	struct om_sample s;
 	int code;
 
 	root = root ? root : "";
-	code = read_system(root, ret);
+	begin(&s);
+	code = read_system(root, &s);
 	if (code)
 		return code;
-	if (read_text(root, "/proc/self", "mountinfo", mounts) < 0 ||
-	    read_text(root, "/proc/self", "cgroup", own) < 0)
-		return 0; /* no cgroups here */
-	for (int unified = 0; unified < 2; unified++) {
-		struct hierarchy h = { .unified = unified };
-
-		if (find_mount(mounts, &h) && find_own(own, &h))
-			walk(root, &h, ret);
+	if (om_text_read(root, "/proc/self", "cgroup", own) >= 0) {
+		om_chain_find(root, own, chains);
+		for (int i = 0; i < 2; i++)
+			om_chain_read(root, &chains[i], false, &s);
 	}
+	tightest = om_sample_tightest(&s);
+	*ret = (struct om_memory){ .total_bytes = tightest->limit_bytes,
+		                   .available_bytes = tightest->available_bytes };
+	memcpy(ret->source, tightest->source, sizeof(ret->source));
 	return 0;
+}
+
+/* ---- a sampler ---- */
+
+struct om_sampler {
+	char *root;
+	struct om_chain chains[2];
+	char own[4096]; /* what /proc/self/cgroup said when the chains were found */
+	bool stale;     /* they are to be found anew */
+	struct om_gpus *gpus;
+};
+
+int om_sampler_create(const char *root, struct om_sampler **ret)
+{
+	struct om_sampler *s = om_alloc(1, sizeof(*s));
+
+	if (!s)
+		return -ENOMEM;
+	s->root = om_strdup(root ? root : "");
+	if (!s->root || om_gpus_open(&s->gpus)) {
+		om_sampler_free(s);
+		return -ENOMEM;
+	}
+	s->stale = true;
+	*ret = s;
+	return 0;
+}
+
+void om_sampler_free(struct om_sampler *s)
+{
+	if (!s)
+		return;
+	om_gpus_close(s->gpus);
+	om_free(s->root);
+	om_free(s);
+}
+
+static void read_cgroups(struct om_sampler *s, struct om_sample *ret)
+{
+	char own[OM_TEXT_BYTES];
+
+	if (om_text_read(s->root, "/proc/self", "cgroup", own) < 0)
+		return; /* no cgroups here */
+	if (s->stale || strncmp(s->own, own, sizeof(s->own) - 1)) {
+		om_chain_find(s->root, own, s->chains);
+		snprintf(s->own, sizeof(s->own), "%.*s", (int)sizeof(s->own) - 1, own);
+	}
+	s->stale = false;
+	for (int i = 0; i < 2; i++)
+		if (om_chain_read(s->root, &s->chains[i], true, ret))
+			s->stale = true;
+}
+
+/* "some avg10=0.00 avg60=0.00 avg300=0.00 total=12345" */
+static bool find_total(const char *text, const char *key, uint64_t *ret)
+{
+	const char *line = strstr(text, key), *at = line ? strstr(line, "total=") : NULL;
+
+	if (!at || (strchr(line, '\n') && at > strchr(line, '\n')))
+		return false;
+	*ret = strtoull(at + 6, NULL, 10);
+	return true;
+}
+
+/* Our own cgroup's stalls where it tells them, else the system's. */
+static void read_stalls(const struct om_sampler *s, struct om_sample *ret)
+{
+	const struct om_chain *unified = &s->chains[1];
+	char text[OM_TEXT_BYTES];
+
+	if ((!unified->found || om_text_read(s->root, unified->own, "memory.pressure", text) < 0) &&
+	    om_text_read(s->root, "/proc/pressure", "memory", text) < 0)
+		return;
+	find_total(text, "some ", &ret->stall_some_us);
+	find_total(text, "full ", &ret->stall_full_us);
+}
+
+static uint64_t read_rss(const char *root)
+{
+	char text[OM_TEXT_BYTES], *at;
+	int n = om_text_read(root, "/proc/self", "statm", text);
+
+	at = n > 0 ? strchr(text, ' ') : NULL; /* size, resident, ..., in pages */
+	return at ? strtoull(at, NULL, 10) * (uint64_t)sysconf(_SC_PAGESIZE) : OM_UNTOLD;
+}
+
+int om_sampler_read(struct om_sampler *s, struct om_sample *ret)
+{
+	int code;
+
+	begin(ret);
+	code = read_system(s->root, ret);
+	if (code)
+		return code;
+	read_cgroups(s, ret);
+	read_stalls(s, ret);
+	ret->rss_bytes = read_rss(s->root);
+	om_gpus_read(s->gpus, ret);
+	return 0;
+}
+
+uint64_t om_sys_heap_trim(void)
+{
+#ifdef __GLIBC__
+	uint64_t before = read_rss(""), after;
+
+	malloc_trim(0);
+	after = read_rss("");
+	return before == OM_UNTOLD || after > before ? 0 : before - after;
+#else
+	return 0;
+#endif
 }

@@ -407,6 +407,90 @@ class Pressure:
     def thresholds(self, value: Sequence[float]) -> None: ...
 
 @final
+class Monitor:
+    """How short memory is, why, and where that is going: see `omnimem.MemoryMonitor`.
+
+    Parameters
+    ----------
+    thresholds
+        Shares in use at which MEDIUM, HIGH and CRITICAL begin.
+    interval
+        Seconds between samples at most.
+    act
+        Have what is watched give memory back when it is short.
+    root
+        Goes before every path of the system; for tests.
+    """
+
+    def __init__(
+        self,
+        thresholds: Sequence[float] = (0.75, 0.88, 0.95),
+        interval: float = 1.0,
+        *,
+        act: bool = True,
+        root: str | None = None,
+    ) -> None: ...
+    @property
+    def running(self) -> bool:
+        """Whether its thread takes samples."""
+
+    def watch(self, store: Store, /) -> None:
+        """Have its memory back when memory is short; as often unwatched as watched."""
+
+    def unwatch(self, store: Store, /) -> None:
+        """Leave it alone; a closed one is left by itself."""
+
+    def watch_pools(self, pools: Pools, /) -> None:
+        """Have the memory of free blocks back when memory is short."""
+
+    def unwatch_pools(self, pools: Pools, /) -> None:
+        """Leave them alone."""
+
+    def start(self) -> None:
+        """Take samples on a thread. Idempotent."""
+
+    def stop(self) -> None:
+        """End the thread; what is watched hears that memory is not short any more. Idempotent."""
+
+    def sample(self) -> dict[str, Any]:
+        """Take a sample now, on this thread, and act on it. What is unknown is None.
+
+        number, time (monotonic), wall, level (0 to 3), level_since, cause; usage, total,
+        available, source of the tightest place; places: (source, limit, high, used, available) of
+        each; swap: (total, free); rss; psi: shares of time that some, that all threads waited for
+        memory; psi_seconds: the same, ever; events: how often limits were met; gpus: (index, uuid,
+        name, total, free, level); slope (bytes a second), r2, samples, trend ("rising", "falling",
+        "stable", "oscillating"), seconds_to_exhaustion; interval (to the next one), lag_seconds,
+        overhead_seconds (processor time of all samples); transitions by level entered; peak:
+        (bytes, time, wall, [(block, group, bytes), ...]).
+        """
+
+    def report(self) -> dict[str, Any]:
+        """The last sample; takes one if there was none."""
+
+    def wait(self, since: int, level: int | None = None, timeout: float | None = None) -> int:
+        """The number of the last sample, once it is above `since` and its level at least `level`.
+
+        -1 at the timeout, and when the monitor is closed.
+        """
+
+    def history(self, seconds: int) -> list[tuple[float, float, float, float, float]]:
+        """(start, min, max, mean, last) of the bytes in use at the tightest place.
+
+        `seconds` is 1 (for the last ten minutes), 10 (two hours) or 60 (a day); spans without a
+        sample are left out.
+        """
+
+    def actions(self, since: int = 0) -> list[tuple[int, float, str, int, str, int, int, float]]:
+        """(number, time, kind, level, cause, bytes wanted, bytes freed, wall) of the last 256.
+
+        kind: "trim", "evict", "heap", "relax", or "none": bytes were wanted, nothing idle was left.
+        """
+
+    def close(self) -> None:
+        """Stop, let go of what is watched, wake who waits. Idempotent."""
+
+@final
 class Ranking:
     """Who goes next among members kept elsewhere; each is known by a slot, a number from 0.
 
