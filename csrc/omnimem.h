@@ -217,6 +217,8 @@ bool om_store_contains(struct om_store *s, const char *name);
 /* All names, or those of one group (NULL: all), in the order of adding, as one om_alloc'ed array of
  * om_alloc'ed strings. */
 int om_store_names(struct om_store *s, const char *group, char ***ret, size_t *ret_count);
+/* The names of its groups, likewise. */
+int om_store_groups(struct om_store *s, char ***ret, size_t *ret_count);
 void om_names_free(char **names, size_t count);
 
 enum om_tier_bit { OM_TIER_HOST = 1, OM_TIER_DISK = 2, OM_TIER_PACKED = 4 };
@@ -289,6 +291,63 @@ struct om_event {
  * last one returned. Those that were overwritten are left out: *ret_first is the first one's number. */
 int om_store_events(struct om_store *s, uint64_t from, struct om_event *ret, size_t count,
                     size_t *ret_count, uint64_t *ret_first, uint64_t *ret_next);
+
+/* ---- numbers for those who watch ---- */
+
+/* How high the tiers of a store came. */
+struct om_peaks {
+	uint64_t host_bytes, packed_bytes, disk_bytes; /* packed ones are among host's */
+};
+/* From its beginning to its end a mark sees how high the tiers come; any number at a time, nested or not, in any
+ * order. It ends once, on any thread, also when the store is closed, which keeps what it saw. */
+struct om_mark;
+int om_mark_begin(struct om_store *s, struct om_mark **ret);
+void om_mark_end(struct om_mark *m, struct om_peaks *ret);
+
+/* Why a copy leaves HOST: room was needed or a limit lowered, memory is short, somebody asked for it. */
+enum om_reason { OM_REASON_CAPACITY, OM_REASON_PRESSURE, OM_REASON_EXPLICIT, OM_REASONS };
+/* What a request failed of: no space, EIO, the end of a file too early, all else. */
+enum om_failure {
+	OM_FAILURE_SPACE,
+	OM_FAILURE_IO,
+	OM_FAILURE_SHORT,
+	OM_FAILURE_OTHER,
+	OM_FAILURES
+};
+#define OM_HISTOGRAM_STEPS 16
+struct om_histogram {
+	uint64_t count, sum_ns;
+	uint64_t counts[OM_HISTOGRAM_STEPS]; /* of those above the bound of the step before */
+};
+/* What a step holds is shorter: 8 us, times 4 from step to step; UINT64_MAX: the last. */
+uint64_t om_histogram_bound_ns(unsigned step);
+/* Counters that only grow, uint64_t all of them. */
+struct om_totals {
+	uint64_t block_hits, block_misses; /* accesses to blocks */
+	uint64_t entry_hits, entry_misses; /* of caches: entries asked for */
+	uint64_t gone[OM_REASONS], gone_bytes[OM_REASONS];
+	uint64_t fills, read_bytes, written_bytes, stall_ns;
+	uint64_t decoded_bytes, decode_ns; /* ns: summed over blocks */
+	uint64_t verified_bytes, corrupt, rereads, repaired;
+	uint64_t prefetches, prefetch_hits, prefetch_waste;
+	uint64_t failures[2][OM_FAILURES]; /* of reads, of writes */
+	uint64_t fell_back;                /* io_uring was wanted and denied */
+	uint64_t in_begun_bytes, in_ended_bytes, out_begun_bytes, out_ended_bytes; /* of moves */
+	struct om_histogram read, write;                                           /* requests */
+	struct om_histogram in,
+		out;              /* copies, from the request or decision until they are proven */
+	struct om_histogram idle; /* copies that left: since their last use */
+	struct om_histogram life; /* names that went: since they were added */
+};
+struct om_gauges {
+	uint64_t moving_in_bytes, moving_out_bytes;
+	uint64_t host_bytes, packed_bytes; /* packed ones are among host's */
+	uint64_t entry_bytes;              /* of caches, plain; of host_bytes */
+};
+/* 1: it is closed, and what it counted among om_totals_closed. */
+int om_store_totals(struct om_store *s, struct om_totals *ret, struct om_gauges *ret_gauges);
+/* Of all stores that this process closed. Returns how many; UINT64_MAX: one is being added, ask again. */
+uint64_t om_totals_closed(struct om_totals *ret);
 
 /* ---- leases ---- */
 

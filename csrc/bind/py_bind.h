@@ -182,6 +182,14 @@ PyObject *py_store_ranked(PyObject *, PyObject *);
 PyObject *py_store_events(PyObject *, PyObject *);
 PyObject *py_same_bytes(PyObject *, PyObject *);
 
+/* A list; takes over the names (py_store.c). Groups, marks and totals (py_meter.c). */
+PyObject *py_names_list(char **names, size_t count);
+PyObject *py_store_groups(PyObject *, PyObject *);
+PyObject *py_store_mark(PyObject *, PyObject *);
+PyObject *py_store_totals(PyObject *, PyObject *);
+PyObject *py_mark_end(PyObject *, PyObject *);
+PyObject *py_totals_closed(PyObject *, PyObject *);
+
 /* encode, decode (py_codec.c). */
 PyObject *py_encode(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *py_encode_into(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);

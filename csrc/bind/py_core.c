@@ -279,6 +279,10 @@ static PyMethodDef functions[] = {
 	{ "simulate", PY_FAST(py_simulate), PY_FAST_FLAGS,
 	  "simulate($module, /, ids, capacity, policy, sizes=None)\n--\n\nRequests, misses, their bytes, "
 	  "and how often each expert of \"adaptive\" led." },
+	{ "_mark_end", py_mark_end, METH_O,
+	  "_mark_end($module, mark, /)\n--\n\n(host, packed, disk): the most bytes while it was open." },
+	{ "_totals_closed", py_totals_closed, METH_NOARGS,
+	  "_totals_closed($module, /)\n--\n\n(number of stores closed, what they had counted)." },
 	{ NULL, NULL, 0, NULL },
 };
 

@@ -312,25 +312,10 @@ static int store_contains(PyObject *self, PyObject *name)
 	return om_store_contains(core->s, text);
 }
 
-static PyObject *store_names(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
-                             PyObject *kwnames)
+PyObject *py_names_list(char **names, size_t count)
 {
-	static const char *const keywords[] = { "group", NULL };
-	PyObject *given[1] = { NULL };
-	struct py_core *core = py_store_core(self);
-	const char *group;
-	PyObject *list;
-	char **names;
-	size_t count;
-	int code;
+	PyObject *list = PyList_New((Py_ssize_t)count);
 
-	if (!core || py_args("names", args, nargs, kwnames, keywords, 0, 1, given) ||
-	    py_text_or_null(given[0], "group", &group))
-		return NULL;
-	code = om_store_names(core->s, group, &names, &count);
-	if (code)
-		return py_raise(code);
-	list = PyList_New((Py_ssize_t)count);
 	for (size_t i = 0; list && i < count; i++) {
 		PyObject *name = PyUnicode_FromString(names[i]);
 
@@ -339,6 +324,24 @@ static PyObject *store_names(PyObject *self, PyObject *const *args, Py_ssize_t n
 	}
 	om_names_free(names, count);
 	return list;
+}
+
+static PyObject *store_names(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                             PyObject *kwnames)
+{
+	static const char *const keywords[] = { "group", NULL };
+	PyObject *given[1] = { NULL };
+	struct py_core *core = py_store_core(self);
+	const char *group;
+	char **names;
+	size_t count;
+	int code;
+
+	if (!core || py_args("names", args, nargs, kwnames, keywords, 0, 1, given) ||
+	    py_text_or_null(given[0], "group", &group))
+		return NULL;
+	code = om_store_names(core->s, group, &names, &count);
+	return code ? py_raise(code) : py_names_list(names, count);
 }
 
 static PyObject *store_check(PyObject *self, PyObject *Py_UNUSED(unused))
@@ -549,6 +552,11 @@ static PyMethodDef store_methods[] = {
 	  "_ranked($self, group, most, count, /)\n--\n\n(name, accesses) of those used most or least." },
 	{ "_events", py_store_events, METH_O,
 	  "_events($self, since, /)\n--\n\nThe last events from number `since` on, as tuples." },
+	{ "groups", py_store_groups, METH_NOARGS, "groups($self)\n--\n\nThe names of its groups." },
+	{ "_mark", py_store_mark, METH_NOARGS,
+	  "_mark($self)\n--\n\nA mark that sees how high the tiers come." },
+	{ "_totals", py_store_totals, METH_NOARGS,
+	  "_totals($self)\n--\n\n(counters that only grow, gauges, whether it is closed)." },
 	{ "group", PY_FAST(store_group), PY_FAST_FLAGS, group_doc },
 	{ "close", store_close, METH_NOARGS, close_doc },
 	{ "__enter__", store_enter, METH_NOARGS, NULL },

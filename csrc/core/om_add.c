@@ -81,7 +81,7 @@ static int add_bytes_locked(struct om_store *s, struct om_block *b, const struct
 		return code;
 	om_block_fill_begin(b, mem);
 	om_block_lease(b); /* nobody takes it away meanwhile */
-	s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
+	om_meter_peak_locked(s);
 	om_mutex_unlock(&s->lock);
 	copy_bytes(b, from);
 	om_mutex_lock(&s->lock);
@@ -111,6 +111,7 @@ static int adopt_bytes_locked(struct om_store *s, struct om_block *b, struct om_
 		om_pool_trim(&s->pool,
 		             UINT64_MAX); /* the limit shrinks: nothing may be cached above it */
 		om_block_adopt(b, &s->pool, foreign);
+		om_meter_peak_locked(s);
 	}
 	return code;
 }
@@ -353,6 +354,7 @@ void om_store_reap_locked(struct om_store *s, struct om_block *b)
 void om_store_forget_locked(struct om_store *s, struct om_block *b)
 {
 	om_block_ref(b);
+	om_meter_life_locked(s, b);
 	om_table_remove(&s->table, b);
 	if (b->group->cache) /* who holds the bytes needs no other form of them */
 		om_pack_drop_locked(s, b);
@@ -375,10 +377,14 @@ int om_store_remove(struct om_store *s, const char *name)
 
 int om_store_evict(struct om_store *s, const char *name, uint64_t deadline_ns)
 {
+	enum om_reason former;
 	struct om_block *b;
 	int code = om_store_enter_block(s, name, &b);
 
 	if (code)
 		return code;
-	return om_store_leave_block(s, b, om_room_evict_locked(s, b, deadline_ns));
+	former = om_reason_enter(OM_REASON_EXPLICIT);
+	code = om_room_evict_locked(s, b, deadline_ns);
+	om_reason_leave(former);
+	return om_store_leave_block(s, b, code);
 }

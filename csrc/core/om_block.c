@@ -114,7 +114,15 @@ static void count_host(struct om_block *b, int64_t bytes)
 		return;
 	}
 	g->used_bytes += (uint64_t)bytes;
-	g->packed_bytes += b->inner ? (uint64_t)bytes : 0;
+	if (b->inner) {
+		struct om_packed_count *all = g->packed;
+
+		g->packed_bytes += (uint64_t)bytes;
+		if (all) {
+			all->used_bytes += (uint64_t)bytes;
+			all->peak_bytes = OM_MAX(all->peak_bytes, all->used_bytes);
+		}
+	}
 	g->peak_bytes = OM_MAX(g->peak_bytes, g->used_bytes);
 	if (!g->limit_bytes && g->used_bytes > g->policy->capacity)
 		g->policy->capacity = g->used_bytes;

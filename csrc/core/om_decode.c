@@ -247,6 +247,7 @@ static void succeed_locked(struct om_store *s, struct om_move *m)
 		s->counters.verified_bytes += b->nbytes;
 	}
 	b->group->decoded_bytes += b->nbytes;
+	s->meter.counts.decode_ns += om_now() - m->decoding->began_ns;
 	om_fetch_filled_locked(s, m);
 }
 

@@ -95,7 +95,7 @@ static int start_one_locked(struct om_store *s, struct om_block *b, enum om_move
 		om_block_fill_fail(b, &s->pool);
 		return code;
 	}
-	s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
+	om_meter_peak_locked(s);
 	m->want_hash = hash_wanted(s, b);
 	m->ahead = m->speculative = priority == OM_PREFETCH;
 	if (om_block_coded(b) && (code = om_decode_begin_locked(s, m, om_block_coded(b)))) {
@@ -106,6 +106,7 @@ static int start_one_locked(struct om_store *s, struct om_block *b, enum om_move
 	s->counters.prefetches += m->speculative;
 	b->body->move = m;
 	s->moves++;
+	s->meter.counts.in_begun_bytes += m->bytes;
 	if (m->decoding)
 		m->ahead = om_decode_reads(m) && om_decode_reads(m)->ahead;
 	else if (!m->zeros)
@@ -182,6 +183,8 @@ static void settle_locked(struct om_store *s, struct om_move *m)
 	m->settled = true;
 	b->body->move = NULL;
 	s->moves--;
+	*(m->kind == OM_MOVE_FILL ? &s->meter.counts.in_ended_bytes
+	                          : &s->meter.counts.out_ended_bytes) += m->bytes;
 	if (m->decoding)
 		om_decode_end_locked(s, m);
 	om_store_changed_locked(s);
@@ -221,6 +224,7 @@ static void land_spill_locked(struct om_store *s, struct om_move *m)
 			if (b->host == OM_COPY_LEAVING)
 				om_block_leave_rescue(b);
 		} else if (b->host == OM_COPY_LEAVING) {
+			om_meter_gone_locked(s, b, (enum om_reason)m->reason);
 			om_traffic_note_locked(s, b, OM_EVENT_OUT, m->bytes, m->began_ns);
 			om_block_host_drop(b, &s->pool);
 		}
@@ -307,6 +311,7 @@ void om_fetch_filled_locked(struct om_store *s, struct om_move *m)
 
 	if (!m->zeros)
 		om_traffic_note_locked(s, b, OM_EVENT_IN, m->bytes, m->began_ns);
+	s->meter.counts.repaired += m->attempt > 0;
 	om_block_fill_end(b);
 	b->body->unused = m->speculative;
 	s->counters.fills++;

@@ -17,14 +17,20 @@
 
 struct om_block;
 
+/* Bytes of encoded forms, of all groups of a store. */
+struct om_packed_count {
+	uint64_t used_bytes, peak_bytes;
+};
+
 struct om_group {
 	struct om_list link; /* store->groups */
 	char name[64];
 	uint64_t limit_bytes;  /* 0: only the store's binds */
 	uint64_t lowered_from; /* it used so much when its limit was lowered: om_store_check only */
 	uint64_t used_bytes,
-		peak_bytes;     /* HOST extents of its blocks with a name, or that get one */
-	uint64_t packed_bytes;  /* of these, of encoded forms */
+		peak_bytes;    /* HOST extents of its blocks with a name, or that get one */
+	uint64_t packed_bytes; /* of these, of encoded forms */
+	struct om_packed_count *packed; /* NULL: of no store */
 	uint64_t loose_bytes;   /* of these, extents that a thread fills before a block has them */
 	uint64_t gone_bytes;    /* HOST extents of those that had one: held by somebody */
 	uint64_t leaving_bytes; /* of those, LEAVING */

@@ -45,6 +45,37 @@ void om_names_free(char **names, size_t count)
 	om_free(names);
 }
 
+int om_store_groups(struct om_store *s, char ***ret, size_t *ret_count)
+{
+	char **names;
+	size_t room = 1, n = 0;
+	int code = om_store_enter(s);
+
+	if (code)
+		return code;
+	OM_LIST_FOREACH(link, &s->groups)
+		room++;
+	names = om_alloc(room, sizeof(*names));
+	code = names ? 0 : -ENOMEM;
+	OM_LIST_FOREACH(link, &s->groups) {
+		if (code)
+			break;
+		names[n] = om_strdup(om_container_of(link, struct om_group, link)->name);
+		if (names[n])
+			n++;
+		else
+			code = -ENOMEM;
+	}
+	om_mutex_unlock(&s->lock);
+	if (code) {
+		om_names_free(names, n);
+		return code;
+	}
+	*ret = names;
+	*ret_count = n;
+	return 0;
+}
+
 int om_store_info(struct om_store *s, const char *name, struct om_info *ret)
 {
 	struct om_block *b;
@@ -78,13 +109,16 @@ int om_store_info(struct om_store *s, const char *name, struct om_info *ret)
 
 int om_store_stats(struct om_store *s, struct om_stats *ret)
 {
+	struct om_peaks peaks;
+
 	if (s->fork_generation != om_fork_generation())
 		return om_err(OM_ECLOSED, "this store belongs to the process that forked this one");
 	om_mutex_lock(&s->lock);
 	if (!s->closing)
 		om_store_drain_locked(s);
 	*ret = s->counters;
-	ret->host = (struct om_tier_stats){ s->pool.used_bytes, s->host_peak_bytes,
+	peaks = om_meter_peaks_locked(s);
+	ret->host = (struct om_tier_stats){ s->pool.used_bytes, peaks.host_bytes,
 		                            s->host_limit_bytes, s->pool.mapped_bytes };
 	OM_LIST_FOREACH(link, &s->groups) {
 		const struct om_group *g = om_container_of(link, struct om_group, link);
@@ -93,7 +127,7 @@ int om_store_stats(struct om_store *s, struct om_stats *ret)
 		ret->host.used_bytes += g->foreign_bytes;
 		ret->packed_bytes += g->packed_bytes;
 	}
-	ret->disk = (struct om_tier_stats){ s->disk.used_bytes, s->disk.peak_bytes,
+	ret->disk = (struct om_tier_stats){ s->disk.used_bytes, peaks.disk_bytes,
 		                            s->disk.limit_bytes,
 		                            s->disk.arena ? om_arena_size(s->disk.arena) : 0 };
 	ret->read_p50_ns = om_latency_quantile(&s->read_latency, 0.5);
@@ -263,7 +297,7 @@ static int check_group(struct om_group *g)
 
 static int check_sums(struct om_store *s)
 {
-	uint64_t pool = 0, disk = 0, sole = 0;
+	uint64_t pool = 0, disk = 0, sole = 0, packed = 0;
 	int code = 0;
 
 	OM_LIST_FOREACH(link, &s->groups) {
@@ -289,8 +323,15 @@ static int check_sums(struct om_store *s)
 		return om_err(OM_ECORRUPT,
 		              "blocks without an origin hold %llu bytes, %llu were admitted",
 		              LLU(sole), LLU(s->sole_bytes));
-	OM_LIST_FOREACH(link, &s->groups)
-		code = code ? code : check_group(om_container_of(link, struct om_group, link));
+	OM_LIST_FOREACH(link, &s->groups) {
+		struct om_group *g = om_container_of(link, struct om_group, link);
+
+		code = code ? code : check_group(g);
+		packed += g->packed_bytes;
+	}
+	if (!code && packed != s->meter.packed.used_bytes)
+		return om_err(OM_ECORRUPT, "I3: encoded forms hold %llu bytes, counted %llu",
+		              LLU(packed), LLU(s->meter.packed.used_bytes));
 	if (code)
 		return code;
 	if (s->pool.mapped_bytes > s->pool.limit_bytes)

@@ -22,6 +22,7 @@ static uint64_t end_of(unsigned step)
 void om_latency_add(struct om_latency *l, uint64_t ns)
 {
 	l->total++;
+	l->sum_ns += ns;
 	l->counts[step_of(ns)]++;
 }
 
@@ -39,4 +40,16 @@ uint64_t om_latency_quantile(const struct om_latency *l, double share)
 		step++;
 	}
 	return end_of(step) * 1000;
+}
+
+void om_latency_histogram(const struct om_latency *l, struct om_histogram *ret)
+{
+	*ret = (struct om_histogram){ .count = l->total, .sum_ns = l->sum_ns };
+	for (unsigned step = 0; step < OM_LATENCY_STEPS; step++) {
+		unsigned wide = 0;
+
+		while (end_of(step) * 1000 > om_histogram_bound_ns(wide))
+			wide++;
+		ret->counts[wide] += l->counts[step];
+	}
 }

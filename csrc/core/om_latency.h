@@ -5,14 +5,18 @@
 
 #include <stdint.h>
 
+#include "omnimem.h"
+
 #define OM_LATENCY_STEPS 128 /* from 1 us to an hour */
 
 struct om_latency {
-	uint64_t total, counts[OM_LATENCY_STEPS];
+	uint64_t total, sum_ns, counts[OM_LATENCY_STEPS];
 };
 
 void om_latency_add(struct om_latency *l, uint64_t ns);
 /* The duration that `share` (0..1) of the requests did not exceed, in ns; 0 without requests. */
 uint64_t om_latency_quantile(const struct om_latency *l, double share);
+/* The same with wider steps. */
+void om_latency_histogram(const struct om_latency *l, struct om_histogram *ret);
 
 #endif

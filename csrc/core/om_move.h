@@ -55,6 +55,7 @@ struct om_move {
 	uint64_t began_ns;
 	bool want_hash, displaced, speculative, canceled, landed, settled, busy;
 	uint8_t attempt;
+	uint8_t reason;    /* spill: enum om_reason */
 	void *hash_memory; /* aligned XXH3 state inside hash_raw */
 	void *hash_raw;
 	uint64_t hash;          /* spill: of the bytes sent */

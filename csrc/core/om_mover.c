@@ -318,7 +318,7 @@ static void complete_locked(struct mover *mv, struct slot *slot)
 	s->counters.in_flight = --mv->inflight;
 	m->back[slot->index] = 1;
 	if (slot->req.code) {
-		s->counters.io_errors++;
+		om_meter_failed_locked(s, slot->req.write, slot->req.code);
 		describe_error(slot);
 		om_move_fail(m);
 	}

@@ -62,7 +62,7 @@ static void count_loose_locked(struct om_store *s, struct om_group *g, int64_t b
 	g->loose_bytes += (uint64_t)bytes;
 	g->used_bytes += (uint64_t)bytes;
 	g->peak_bytes = OM_MAX(g->peak_bytes, g->used_bytes);
-	s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
+	om_meter_peak_locked(s);
 }
 
 /* Memory that is loose; `whole`: a segment of its own, of that size. */
@@ -275,7 +275,7 @@ int om_block_unpack(struct om_store *s, struct om_block *b, const void *data, ui
 		fill_at_once(b, mem);
 		s->counters.fills++;
 		s->counters.verified_bytes += nbytes;
-		s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
+		om_meter_peak_locked(s);
 		om_pack_give_up_locked(s, b->body->packed);
 	} else {
 		if (only_packed(b))

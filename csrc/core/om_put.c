@@ -173,7 +173,7 @@ static void begin_fill_locked(struct put *p)
 	om_block_access(b);
 	om_block_fill_begin(b, p->mem);
 	om_block_lease(b); /* it cannot be a victim before it is whole */
-	s->host_peak_bytes = OM_MAX(s->host_peak_bytes, s->pool.used_bytes);
+	om_meter_peak_locked(s);
 }
 
 static int fill_locked(struct put *p, const void *data)

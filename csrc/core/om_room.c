@@ -145,6 +145,7 @@ void om_room_drop_locked(struct om_store *s, struct om_block *b)
 	}
 	b->group->evictions += !b->body->packed;
 	s->counters.drops++;
+	om_meter_gone_locked(s, b, om_reason_now());
 	om_traffic_note_locked(s, b, OM_EVENT_OUT, 0, 0);
 	s->counters.prefetch_waste += b->body->unused;
 	om_block_host_drop(b, &s->pool);

@@ -112,6 +112,7 @@ int om_shed_locked(struct om_store *s, struct om_block *b)
 		return code;
 	}
 	e->group->evictions++;
+	om_meter_gone_locked(s, b, om_reason_now());
 	om_store_forget_locked(s, e);
 	return 0;
 }
@@ -152,6 +153,7 @@ int om_store_shed(struct om_store *s, const char *group, uint64_t bytes, uint32_
                   struct om_shed *ret)
 {
 	struct om_group *g;
+	enum om_reason former;
 	uint64_t before, evicted;
 	int code = om_store_enter_group(s, group, &g);
 
@@ -162,10 +164,12 @@ int om_store_shed(struct om_store *s, const char *group, uint64_t bytes, uint32_
 		return om_store_leave(s, om_err(OM_EVALUE, "group '%s' is no cache", g->name));
 	before = g->used_bytes;
 	evicted = g->evictions;
+	former = om_reason_enter(OM_REASON_EXPLICIT);
 	while (!code && before - g->used_bytes < bytes && (!most || ret->entries < most)) {
 		code = om_shed_oldest_locked(s, g, NULL, 0);
 		ret->entries = g->evictions - evicted;
 	}
+	om_reason_leave(former);
 	ret->bytes = before - g->used_bytes;
 	om_pool_trim_to(&s->pool, OM_POOL_WARM);
 	om_store_changed_locked(s);

@@ -261,6 +261,8 @@ static int begin_move_locked(struct om_store *s, struct om_block *b, uint64_t ha
 	}
 	m->hash = hash;
 	m->began_ns = began_ns;
+	m->reason = (uint8_t)om_reason_now();
+	s->meter.counts.out_begun_bytes += m->bytes;
 	b->body->move = m;
 	s->moves++;
 	om_mover_queue_locked(s, m);

@@ -99,6 +99,7 @@ static int init_parts(struct om_store *s, const struct om_store_config *c)
 	}
 	om_list_init(&s->blocks);
 	om_list_init(&s->groups);
+	om_meter_init(s);
 	om_pool_init(&s->pool, s->host_limit_bytes);
 	code = om_table_init(&s->table);
 	if (!code)
@@ -230,6 +231,7 @@ int om_store_close(struct om_store *s)
 	}
 	om_work_fini(&s->work);
 	om_store_drain_locked(s);
+	om_meter_retire_locked(s);
 	forget_blocks_locked(s);
 	om_pool_fini(&s->pool);
 	om_disk_fini(&s->disk);
@@ -276,6 +278,7 @@ struct om_group *om_store_find_group_locked(struct om_store *s, const char *name
 	}
 	if (om_group_create(name, s->host_limit_bytes, &g))
 		return NULL;
+	g->packed = &s->meter.packed;
 	om_list_push_tail(&s->groups, &g->link);
 	return g;
 }

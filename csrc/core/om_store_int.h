@@ -11,6 +11,7 @@
 
 #include "base/om_sync.h"
 #include "core/om_latency.h"
+#include "core/om_meter.h"
 #include "core/om_move.h"
 #include "core/om_table.h"
 #include "core/om_work.h"
@@ -51,8 +52,8 @@ struct om_store {
 	struct om_table table;
 	struct om_pool pool;
 	struct om_disk disk;
-	uint64_t host_peak_bytes;
-	uint64_t loose_bytes;              /* extents that a thread fills before a block has them */
+	uint64_t host_peak_bytes; /* since a mark began or ended, as are those of disk and meter */
+	uint64_t loose_bytes;     /* extents that a thread fills before a block has them */
 	uint64_t sole_bytes, sole_largest; /* blocks without an origin: they must fit */
 
 	/* the mover */
@@ -74,6 +75,7 @@ struct om_store {
 	struct om_stats counters;
 	uint64_t read_since_ns, write_since_ns;
 	struct om_latency read_latency, write_latency;
+	struct om_meter meter;
 	struct om_note *notes; /* the last OM_NOTES events, a ring */
 	uint64_t note_count;   /* ever made */
 };

@@ -83,12 +83,14 @@ static void begin_one_locked(struct om_swap *w, struct om_block *b)
 {
 	struct om_store *s = w->store;
 	uint64_t bytes = om_block_host_bytes(b);
+	enum om_reason former = om_reason_enter(OM_REASON_EXPLICIT);
 
 	om_block_ref(b);
 	if (om_block_expendable(b))
 		om_room_drop_locked(s, b);
 	else if (om_spill_locked(s, b))
 		stop(w);
+	om_reason_leave(former);
 	if (b->host == OM_COPY_LEAVING && b->body->move) {
 		w->ring[(w->first + w->count++) % UNDER_WAY] = (struct leaving){ b, b->body->move };
 		om_move_ref(b->body->move);

@@ -48,6 +48,10 @@ static struct om_note *make_note(struct om_store *s, struct om_group *g, const c
 	n->kind = (uint8_t)kind;
 	strncpy(n->block, name, sizeof(n->block) - 1);
 	add_up(&g->traffic, kind, bytes, n->took_ns);
+	if (n->took_ns && (kind == OM_EVENT_IN || kind == OM_EVENT_PACKED_IN))
+		om_latency_add(&s->meter.in, n->took_ns);
+	if (n->took_ns && (kind == OM_EVENT_OUT || kind == OM_EVENT_PACKED_OUT))
+		om_latency_add(&s->meter.out, n->took_ns);
 	return n;
 }
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from omnimem import checkpoint as checkpoint
+from omnimem import metrics as metrics
 from omnimem._core import Lease, Ticket, Window
 from omnimem.advanced_config import AdvancedMemoryConfig
+from omnimem.alerts import Alert, AlertHandle, AlertSystem
 from omnimem.block import MemoryBlock, MemoryRegionType
 from omnimem.cache import ModelWeightCache
 from omnimem.config import (
@@ -26,6 +28,7 @@ from omnimem.errors import (
     IOFailure,
     LimitError,
 )
+from omnimem.monitor import MemoryMonitor, MemoryPressure, MemoryStats
 from omnimem.nvme import NVMeOptimizer
 from omnimem.pools import BlockSnapshot, MemoryConfig, MemoryPoolManager, PoolStats
 from omnimem.pressure import MemoryPressureLevel, MemoryPressureMonitor
@@ -50,6 +53,7 @@ from omnimem.swap_setup import (
     integrate_with_qwen3_vl,
     integrate_with_qwen3_vl_swapping,
 )
+from omnimem.tracking import Span, Tracked, track
 
 __version__ = "0.1.0"
 
@@ -57,6 +61,9 @@ __all__ = [
     "AdaptiveSwapAlgorithm",
     "AdvancedMemoryConfig",
     "AdvancedMemorySwapper",
+    "Alert",
+    "AlertHandle",
+    "AlertSystem",
     "BaseSwapAlgorithm",
     "BlockInfo",
     "BlockSnapshot",
@@ -79,16 +86,20 @@ __all__ = [
     "LimitError",
     "MemoryBlock",
     "MemoryConfig",
+    "MemoryMonitor",
     "MemoryPoolManager",
+    "MemoryPressure",
     "MemoryPressureLevel",
     "MemoryPressureMonitor",
     "MemoryRegionType",
+    "MemoryStats",
     "ModelWeightCache",
     "MonitorConfig",
     "NVMeOptimizer",
     "OffloadConfig",
     "PoolStats",
     "SimulationResult",
+    "Span",
     "Store",
     "StoreConfig",
     "StoreStats",
@@ -96,6 +107,7 @@ __all__ = [
     "SwapStats",
     "Ticket",
     "TierStats",
+    "Tracked",
     "Window",
     "create_advanced_memory_swapper",
     "create_optimized_swapping_system",
@@ -104,4 +116,5 @@ __all__ = [
     "integrate_with_qwen3_vl_swapping",
     "parse_size",
     "simulate",
+    "track",
 ]

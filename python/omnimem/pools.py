@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -181,6 +182,7 @@ class MemoryPoolManager(_core.Pools):
     def __init__(self, config: MemoryConfig | None = None) -> None:
         self.config = MemoryConfig() if config is None else config
         self._open_devices: tuple[str, ...] = ()
+        _open_pools.add(self)
         decay = self.config.cleanup_interval if self.config.enable_memory_pools else 0.0
         for device, size in self.config.pool_sizes.items():
             if _CUDA.fullmatch(device):
@@ -327,3 +329,6 @@ class MemoryPoolManager(_core.Pools):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+_open_pools: weakref.WeakSet[MemoryPoolManager] = weakref.WeakSet()
