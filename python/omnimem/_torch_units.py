@@ -89,12 +89,16 @@ class Units(Uncopied):
         while held and held[-1] not in self._outer[unit] and held[-1] != unit:
             self._let_go()  # left loaded by an interrupt
         self._settle()
+        self._take(unit, self._timeout)
+
+    def _take(self, unit: int, timeout: float) -> None:
+        """Enter a unit, as one more user of it."""
+        held = self._mine.held
         before = len(held)
         try:
-            if not self.stream.enter(unit, held, self._timeout):
-                return
-            self._bind(unit)
-            self.stream.bound(unit)
+            if self.stream.enter(unit, held, timeout):
+                self._bind(unit)
+                self.stream.bound(unit)
         except BaseException:
             while len(held) > before:
                 self._let_go()
