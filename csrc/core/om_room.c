@@ -84,6 +84,24 @@ struct om_block *om_room_plain_victim_locked(struct om_group *g)
 	return om_group_victim(g, is_plain, NULL);
 }
 
+bool om_room_take_locked(struct om_store *s, const struct om_group *g)
+{
+	struct wish wish = { false, NULL, 0 };
+
+	if (over_limit(g))
+		return false;
+	OM_LIST_FOREACH(link, &s->groups) {
+		struct om_group *other = om_container_of(link, struct om_group, link);
+		struct om_block *b = other != g ? om_group_victim(other, granted, &wish) : NULL;
+
+		if (!b)
+			continue;
+		om_room_drop_locked(s, b);
+		return true;
+	}
+	return false;
+}
+
 static struct om_block *pick_ahead(struct om_store *s, struct om_group *only,
                                    struct om_block *const *keep, size_t keep_count)
 {

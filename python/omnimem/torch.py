@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from omnimem import checkpoint
 from omnimem._rates import measure
 from omnimem._torch_checks import check_fit, infos, main_dtype, refuse_cast, refuse_experts
 from omnimem._torch_streamed import Streamed
-from omnimem._torch_units import unset
+from omnimem._torch_units import repeats, unset
 from omnimem._units import execution_order, unit_names
 from omnimem.config import StoreConfig, parse_size
 from omnimem.errors import FormatError
@@ -160,17 +159,6 @@ def attach(
     return model
 
 
-def _repeats(
-    model: nn.Module, params: dict[str, nn.Parameter], units: dict[str, str]
-) -> dict[str, int]:
-    """In how many modules a unit's weights are: a tied head is used as often in one pass."""
-    shared = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
-    repeats: dict[str, int] = {}
-    for name, unit in units.items():
-        repeats[unit] = max(repeats.get(unit, 1), shared[id(params[name])])
-    return repeats
-
-
 def _worth_measuring(plan: Plan, compression: str) -> bool:
     """Does a token read anything, and with "auto" enough to be worth the measuring?"""
     return plan.stream_bytes > (_LITTLE if compression == "auto" else 0)
@@ -242,12 +230,10 @@ def _attach(
     for name, unit in units.items():
         info = files.info(name)
         grouped[unit].append(Tensor(name, info.file, info.offset, info.nbytes, info.encoded_nbytes))
-    plan = make_plan(grouped.items(), budget, _repeats(model, params, units))
+    plan = make_plan(grouped.items(), budget, repeats(model, params, units))
     if compression is not None and _worth_measuring(plan, compression):
         rates = _measure(plan, files, compression, io_backend)
-        plan = make_plan(
-            grouped.items(), budget, _repeats(model, params, units), compression, rates
-        )
+        plan = make_plan(grouped.items(), budget, repeats(model, params, units), compression, rates)
     files.check_unchanged()
     own_store = None
     if store is None:
