@@ -49,6 +49,7 @@ enum om_coding { OM_CODING_NONE, OM_CODING_FAST, OM_CODING_BALANCED };
 
 /* ---- store ---- */
 
+enum om_level { OM_LOW, OM_MEDIUM, OM_HIGH, OM_CRITICAL }; /* of memory pressure */
 enum om_verify { OM_VERIFY_ALWAYS, OM_VERIFY_FIRST };
 
 struct om_store_config {
@@ -89,6 +90,7 @@ struct om_group_stats {
 	uint64_t blocks, pinned, leases;
 	uint64_t swapped; /* blocks whose only bytes lie below HOST, written there by the store */
 	uint64_t host_bytes, host_peak_bytes, disk_bytes; /* extents of their copies */
+	uint64_t idle_bytes;                              /* of host_bytes, those that may go now */
 	uint64_t limit_bytes;                             /* 0: only the store's binds */
 	uint64_t packed_bytes; /* of host_bytes, those of encoded forms */
 	uint64_t
@@ -170,6 +172,22 @@ int om_store_foresee(struct om_store *s, const char *group, bool on);
  * "adaptive". What the former policy had learned is forgotten. OM_EVALUE: another one. */
 int om_store_policy(struct om_store *s, const char *group, const char *policy);
 
+/* A whole group is in use (a model's pass begins, ends): counted; its blocks are the last to go meanwhile. When
+ * memory is needed, a group over its own limit gives; else the one, of those that have idle blocks, whose next
+ * use is expected last. A group that is never used as a whole is judged by the last access of the block that
+ * would go. Makes the group. OM_EVALUE: an end without a begin. */
+int om_store_use_begin(struct om_store *s, const char *group);
+int om_store_use_end(struct om_store *s, const char *group);
+struct om_usage {
+	uint64_t uses, recent; /* ever; within the window asked for (of the last 64) */
+	unsigned busy;         /* that have begun and not ended */
+	/* om_now(); 0: never. The next one is expected a typical time after the last; once that has passed, the
+	 * later the longer the group was not used; now while one goes on. */
+	uint64_t first_ns, last_ns, next_ns;
+	uint64_t gap_ns; /* typical time between uses (median of the recent gaps); 0: unknown */
+};
+int om_store_usage(struct om_store *s, const char *group, uint64_t window_ns, struct om_usage *ret);
+
 /* Copy `nbytes` in. OM_EVALUE when the name exists; OM_ELIMIT or OM_EDISKFULL when not all blocks
  * without an origin would fit into HOST and DISK with room to exchange the largest. */
 int om_store_add(struct om_store *s, const char *name, const char *group, const void *data,
@@ -244,6 +262,7 @@ struct om_tier_stats {
 struct om_stats {
 	struct om_tier_stats host, disk;
 	uint64_t packed_bytes;   /* of host.used_bytes, those of encoded forms */
+	uint64_t idle_bytes;     /* of host.used_bytes, those that may go now */
 	uint64_t exported_bytes; /* of blocks with a live view (buffer, DLPack) */
 	uint64_t blocks, leases;
 	/* leases that found the bytes in HOST, or did not; asked for again after OM_EBUSY: counted once */
@@ -440,6 +459,27 @@ struct om_swap;
 int om_swap_begin(struct om_store *s, const char *group, uint64_t bytes, struct om_swap **ret);
 int om_swap_wait(struct om_swap *w, uint64_t deadline_ns);
 void om_swap_end(struct om_swap *w, struct om_swapped *ret);
+/* Memory is short, as `level` says, or no longer (OM_LOW). From OM_MEDIUM on nothing is fetched on a guess, and
+ * memory that no block uses goes back to the system (but for a stream's ring, unless it is OM_CRITICAL). `bytes`
+ * of HOST go besides, of idle blocks, those of the groups whose next use is furthest first; what must be
+ * written is written. `ceiling` (0..1; 0: the default, 0.9): the share in use of the tightest memory of the
+ * process from which on the store gives up idle blocks before it takes more memory. That is so in every store,
+ * pressed or not; what is leased may still grow to host_limit_bytes. OM_EBUSY at the deadline: the rest is
+ * on its way, *ret tells what went. OM_EVALUE: no such ceiling. */
+struct om_pressed {
+	uint64_t trimmed_bytes; /* that no block used */
+	uint64_t dropped_bytes, dropped_blocks;
+	uint64_t written_bytes, written_blocks;
+	uint64_t left_bytes; /* of idle blocks, still there */
+};
+int om_store_press(struct om_store *s, enum om_level level, double ceiling, uint64_t bytes,
+                   uint64_t deadline_ns, struct om_pressed *ret);
+/* The same in steps, on one thread, for who waits in slices: wait until it is 0. */
+struct om_press;
+int om_press_begin(struct om_store *s, enum om_level level, double ceiling, uint64_t bytes,
+                   struct om_press **ret);
+int om_press_wait(struct om_press *p, uint64_t deadline_ns);
+void om_press_end(struct om_press *p, struct om_pressed *ret);
 /* Give memory that no block uses back to the system, but for `reserve` bytes that stay populated, and what
  * is free in the swap file. Both happen by themselves after ten seconds, with a reserve of 16 MiB. */
 int om_store_trim(struct om_store *s, uint64_t reserve_bytes);
@@ -705,7 +745,6 @@ struct om_sample {
 	unsigned gpu_count;
 };
 
-enum om_level { OM_LOW, OM_MEDIUM, OM_HIGH, OM_CRITICAL };
 /* A level of pressure from shares in use, and its trend. A level is entered at once when the share
  * reaches its threshold, and left 0.05 below it. */
 struct om_pressure;
@@ -718,17 +757,6 @@ void om_pressure_get(struct om_pressure *p, double ret_thresholds[3]);
 enum om_level om_pressure_feed(struct om_pressure *p, double usage);
 /* 1 rising, -1 falling, 0 neither: by the line through the shares of the last minute. */
 int om_pressure_trend(struct om_pressure *p);
-
-/* Memory is short, as `level` says, or no longer (OM_LOW). From OM_MEDIUM on memory that no block uses goes back to
- * the system; `bytes` of HOST go besides, of idle blocks; what must be written is written. `ceiling`: the share of
- * the tightest memory in use from which on the store gives up idle blocks before it takes more memory; 0: the
- * default. OM_EBUSY at the deadline: the rest is on its way. */
-struct om_pressed {
-	uint64_t trimmed_bytes, dropped_bytes, dropped_blocks, written_bytes, written_blocks;
-	uint64_t left_bytes; /* idle bytes that are left */
-};
-int om_store_press(struct om_store *s, enum om_level level, double ceiling, uint64_t bytes,
-                   uint64_t deadline_ns, struct om_pressed *ret);
 
 /* ---- the monitor ---- */
 

@@ -189,6 +189,11 @@ PyObject *py_store_mark(PyObject *, PyObject *);
 PyObject *py_store_totals(PyObject *, PyObject *);
 PyObject *py_mark_end(PyObject *, PyObject *);
 PyObject *py_totals_closed(PyObject *, PyObject *);
+/* Use and pressure (py_usage.c). */
+PyObject *py_store_use_begin(PyObject *, PyObject *);
+PyObject *py_store_use_end(PyObject *, PyObject *);
+PyObject *py_store_usage(PyObject *, PyObject *);
+PyObject *py_store_press(PyObject *, PyObject *);
 
 /* encode, decode (py_codec.c). */
 PyObject *py_encode(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);

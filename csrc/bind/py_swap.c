@@ -120,16 +120,16 @@ PyObject *py_store_group_stats(PyObject *self, PyObject *group)
 	if (code)
 		return py_raise(code);
 	return Py_BuildValue(
-		"{sKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsdsdsN}", "blocks", g.blocks,
+		"{sKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsdsdsN}", "blocks", g.blocks,
 		"pinned", g.pinned, "leases", g.leases, "swapped", g.swapped, "host_bytes",
 		g.host_bytes, "host_peak_bytes", g.host_peak_bytes, "disk_bytes", g.disk_bytes,
-		"limit_bytes", g.limit_bytes, "packed_bytes", g.packed_bytes, "gone_bytes",
-		g.gone_bytes, "evictions", g.evictions, "issued", g.issued, "used", g.used,
-		"recent", g.recent, "reused", g.reused, "repeated", g.repeated, "foretold",
-		g.foretold, "hits", t->hits, "misses", t->misses, "outs", t->outs, "ins", t->ins,
-		"out_bytes", t->out_bytes, "in_bytes", t->in_bytes, "out_seconds",
-		(double)t->out_ns / 1e9, "in_seconds", (double)t->in_ns / 1e9, "trouble",
-		PyUnicode_DecodeLocale(g.trouble, "surrogateescape"));
+		"idle_bytes", g.idle_bytes, "limit_bytes", g.limit_bytes, "packed_bytes",
+		g.packed_bytes, "gone_bytes", g.gone_bytes, "evictions", g.evictions, "issued",
+		g.issued, "used", g.used, "recent", g.recent, "reused", g.reused, "repeated",
+		g.repeated, "foretold", g.foretold, "hits", t->hits, "misses", t->misses, "outs",
+		t->outs, "ins", t->ins, "out_bytes", t->out_bytes, "in_bytes", t->in_bytes,
+		"out_seconds", (double)t->out_ns / 1e9, "in_seconds", (double)t->in_ns / 1e9,
+		"trouble", PyUnicode_DecodeLocale(g.trouble, "surrogateescape"));
 }
 
 PyObject *py_store_ranked(PyObject *self, PyObject *args)

@@ -50,7 +50,7 @@ static int reserve_new_locked(struct om_store *s, struct om_block *b, uint64_t d
                               struct om_extent *ret)
 {
 	uint64_t bytes = om_block_host_bytes(b);
-	int code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
+	int code = om_room_wait_locked(s, b->group, bytes, OM_ROOM_WRITE, deadline_ns);
 
 	return code ? code : om_fetch_reserve_locked(s, b->group, bytes, ret);
 }
@@ -99,12 +99,13 @@ static int adopt_bytes_locked(struct om_store *s, struct om_block *b, struct om_
                               uint64_t deadline_ns)
 {
 	uint64_t bytes = om_block_host_bytes(b);
-	int code = om_room_wait_locked(s, b->group, bytes, deadline_ns, NULL, 0);
+	int code = om_room_wait_locked(s, b->group, bytes, OM_ROOM_WRITE | OM_ROOM_MAPPED,
+	                               deadline_ns);
 
 	/* A hole in a shared segment is no room for memory from elsewhere. */
 	if (!code && om_pool_room(&s->pool) < bytes)
 		code = om_room_wait_locked(s, b->group, OM_MAX(bytes, OM_POOL_SMALL + OM_PAGE),
-		                           deadline_ns, NULL, 0);
+		                           OM_ROOM_WRITE | OM_ROOM_MAPPED, deadline_ns);
 	if (!code)
 		code = name_block_locked(s, b);
 	if (!code) {

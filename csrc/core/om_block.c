@@ -5,6 +5,8 @@
 #include <errno.h>
 #include <string.h>
 
+#include "core/om_guard.h"
+
 int om_block_create(const char *name, uint64_t nbytes, struct om_group *group,
                     struct om_block **ret)
 {
@@ -128,16 +130,24 @@ static void count_host(struct om_block *b, int64_t bytes)
 		g->policy->capacity = g->used_bytes;
 }
 
+/* Bytes that the HOST copy takes from the limits. */
+static uint64_t taken(const struct om_block *b)
+{
+	return b->body->foreign ? om_up(OM_MAX(b->nbytes, 1), OM_PAGE) : b->body->mem.bytes;
+}
+
 /* What a change of state, leases or pin may change in the group's counts. */
 struct counts {
 	bool idle, swapped, doubled;
+	uint64_t idle_bytes;
 };
 
 static struct counts counts_of(const struct om_block *b)
 {
 	bool idle = b->host == OM_COPY_VALID && !b->leases && !b->pinned;
 
-	return (struct counts){ idle, om_block_swapped(b), idle && b->body->packed };
+	return (struct counts){ idle, om_block_swapped(b), idle && b->body->packed,
+		                idle ? taken(b) : 0 };
 }
 
 /* Keep the group's counts, and its list of what is fetched ahead. */
@@ -150,6 +160,7 @@ static void recount(struct om_block *b, struct counts was)
 	if (b->host == OM_COPY_FILLING && !b->leases)
 		om_list_push_tail(&g->ahead, &b->body->ahead);
 	g->idle += (uint64_t)now.idle - (uint64_t)was.idle;
+	g->idle_bytes += now.idle_bytes - was.idle_bytes;
 	g->swapped += (uint64_t)now.swapped - (uint64_t)was.swapped;
 	g->doubled += (uint64_t)now.doubled - (uint64_t)was.doubled;
 }
@@ -207,13 +218,8 @@ void om_block_fill_end(struct om_block *b)
 	assert(b->host == OM_COPY_FILLING);
 	b->host = OM_COPY_VALID;
 	b->blank = false;
+	om_pool_filled(&b->body->mem);
 	recount(b, was);
-}
-
-/* Bytes that the HOST copy takes from the limits. */
-static uint64_t taken(const struct om_block *b)
-{
-	return b->body->foreign ? om_up(OM_MAX(b->nbytes, 1), OM_PAGE) : b->body->mem.bytes;
 }
 
 void om_block_lose_name(struct om_block *b)
@@ -259,6 +265,7 @@ static void free_host(struct om_block *b, struct om_pool *p, bool evicted)
 	if (foreign) {
 		p->limit_bytes += bytes;
 		b->group->foreign_bytes -= bytes;
+		om_guard_count_foreign(-(int64_t)bytes);
 		b->body->foreign = NULL;
 		om_foreign_unref(foreign);
 	} else {
@@ -337,6 +344,7 @@ void om_block_adopt(struct om_block *b, struct om_pool *p, struct om_foreign *fo
 	b->body->data = foreign->data;
 	p->limit_bytes -= taken(b);
 	b->group->foreign_bytes += taken(b);
+	om_guard_count_foreign((int64_t)taken(b));
 	count_host(b, (int64_t)taken(b));
 	become_member(b);
 	recount(b, was);
@@ -380,24 +388,41 @@ struct om_block *om_block_set_packed(struct om_block *b, struct om_block *packed
 	return former;
 }
 
+/* As recount, of a VALID copy that is leased from now on, or no longer: a hit does little else. */
+static void recount_idle(struct om_block *b, bool idle)
+{
+	struct om_group *g = b->group;
+
+	if (b->pinned)
+		return;
+	g->idle += idle ? 1 : UINT64_MAX;
+	g->idle_bytes += idle ? taken(b) : -taken(b);
+	if (b->body->packed)
+		g->doubled += idle ? 1 : UINT64_MAX;
+}
+
 void om_block_lease(struct om_block *b)
 {
-	struct counts was = counts_of(b);
-
 	assert(b->host == OM_COPY_VALID || b->host == OM_COPY_FILLING);
-	b->leases++;
 	b->group->leases++;
-	recount(b, was);
+	if (b->leases++)
+		return;
+	if (om_likely(b->host == OM_COPY_VALID))
+		recount_idle(b, false);
+	else
+		om_list_del(&b->body->ahead);
 }
 
 void om_block_unlease(struct om_block *b)
 {
-	struct counts was = counts_of(b);
-
 	assert(b->leases);
-	b->leases--;
 	b->group->leases--;
-	recount(b, was);
+	if (--b->leases)
+		return;
+	if (om_likely(b->host == OM_COPY_VALID))
+		recount_idle(b, true);
+	else if (b->host == OM_COPY_FILLING)
+		om_list_push_tail(&b->group->ahead, &b->body->ahead);
 }
 
 void om_block_lose_leases(struct om_block *b)

@@ -210,6 +210,7 @@ static void land_spill_locked(struct om_store *s, struct om_move *m)
 	if (m->error->code) {
 		s->spills_failed++;
 		s->spill_error = *m->error;
+		om_guard_stuck_locked(s);
 		om_block_disk_drop(b, &s->disk);
 		if (b->host == OM_COPY_LEAVING)
 			om_block_leave_rescue(b);

@@ -64,7 +64,8 @@ static int summon_locked(struct om_store *s, struct om_block *const *blocks, siz
 		if (!code && !need)
 			return 0;
 		if (!code)
-			code = om_room_make_locked(s, blocks[0]->group, need, true, blocks, count);
+			code = om_room_make_locked(s, blocks[0]->group, need, OM_ROOM_WRITE, blocks,
+			                           count);
 		if (!code)
 			code = om_fetch_start_locked(s, blocks, count, OM_DEMAND);
 		code = om_room_verdict_locked(s, code, failed);

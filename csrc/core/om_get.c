@@ -226,8 +226,8 @@ static int copy_rows_locked(struct rows *r, const struct om_block *entry, const 
 
 	if (code)
 		return code;
-	code = om_room_wait_locked(s, r->g->rows, om_block_host_bytes(part), r->deadline_ns, NULL,
-	                           0);
+	code = om_room_wait_locked(s, r->g->rows, om_block_host_bytes(part), OM_ROOM_WRITE,
+	                           r->deadline_ns);
 	code = code ? code
 	            : om_fetch_reserve_locked(s, r->g->rows, om_block_host_bytes(part), &mem);
 	if (code) {

@@ -14,6 +14,7 @@
 #include "base/om_list.h"
 #include "core/om_foresight.h"
 #include "core/om_policy.h"
+#include "core/om_usage.h"
 
 struct om_block;
 
@@ -40,13 +41,15 @@ struct om_group {
 	uint64_t disk_bytes;    /* runs of the swap file that its blocks hold */
 	uint64_t foreign_bytes; /* HOST bytes of somebody else */
 	uint64_t blocks, leases, pinned;
-	uint64_t swapped; /* blocks whose only bytes lie below HOST */
-	uint64_t idle;    /* copies that may be chosen to go: VALID, neither leased nor pinned */
-	uint64_t doubled; /* of these, those that are there in a packed form too */
-	uint64_t uses;    /* accesses ever */
-	bool cache;       /* its blocks may be lost */
+	uint64_t swapped;    /* blocks whose only bytes lie below HOST */
+	uint64_t idle;       /* copies that may be chosen to go: VALID, neither leased nor pinned */
+	uint64_t idle_bytes; /* HOST bytes of these */
+	uint64_t doubled;    /* of these, those that are there in a packed form too */
+	uint64_t uses;       /* accesses ever */
+	bool cache;          /* its blocks may be lost */
 	uint32_t batch; /* of a cache: victims until others get the lock; 0: as many as it takes */
 	uint32_t threshold;     /* of a cache: a name is kept the so-manieth time that it is put */
+	struct om_use use;      /* as a whole */
 	struct om_tally *tally; /* how often names were put that are not kept yet */
 	uint64_t evictions;     /* of a cache: entries that made way */
 	struct om_group *rows;  /* of a cache: parts of entries that were asked for */
@@ -60,7 +63,7 @@ struct om_group {
 	uint32_t vacant_count, seat_count;
 	struct om_group_check {
 		uint64_t bytes, packed_bytes, gone_bytes, disk_bytes, foreign_bytes, blocks, leases,
-			pinned, swapped, idle, doubled;
+			pinned, swapped, idle, idle_bytes, doubled;
 	} check; /* om_store_check only */
 	unsigned
 		streams; /* of these: what they fetch ahead is finished by the thread that uses it */

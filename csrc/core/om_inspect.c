@@ -126,6 +126,7 @@ int om_store_stats(struct om_store *s, struct om_stats *ret)
 		ret->leases += g->leases;
 		ret->host.used_bytes += g->foreign_bytes;
 		ret->packed_bytes += g->packed_bytes;
+		ret->idle_bytes += g->idle_bytes;
 	}
 	ret->disk = (struct om_tier_stats){ s->disk.used_bytes, peaks.disk_bytes,
 		                            s->disk.limit_bytes,
@@ -247,13 +248,14 @@ static void sum_block(const struct om_block *b, struct om_group_check *sum, uint
 
 	if (b->host != OM_COPY_NONE) {
 		uint64_t taken = body->foreign ? bytes : body->mem.bytes;
+		bool idle = b->host == OM_COPY_VALID && !b->leases && !b->pinned;
 
 		*(b->gone ? &sum->gone_bytes : &sum->bytes) += taken;
 		sum->packed_bytes += b->inner && !b->gone ? taken : 0;
 		sum->foreign_bytes += body->foreign ? bytes : 0;
-		sum->idle += b->host == OM_COPY_VALID && !b->leases && !b->pinned;
-		sum->doubled += b->host == OM_COPY_VALID && !b->leases && !b->pinned &&
-		                body->packed;
+		sum->idle += idle;
+		sum->idle_bytes += idle ? taken : 0;
+		sum->doubled += idle && body->packed;
 		*pool += body->foreign ? 0 : body->mem.bytes;
 	}
 	if (body) {
@@ -274,12 +276,12 @@ static int check_group(struct om_group *g)
 	const struct om_group_check is = { g->used_bytes, g->packed_bytes,  g->gone_bytes,
 		                           g->disk_bytes, g->foreign_bytes, g->blocks,
 		                           g->leases,     g->pinned,        g->swapped,
-		                           g->idle,       g->doubled };
+		                           g->idle,       g->idle_bytes,    g->doubled };
 	static const char *const names[] = {
 		"HOST bytes", "encoded bytes",   "bytes without a name",
 		"DISK bytes", "bytes of others", "blocks",
 		"leases",     "pinned",          "swapped",
-		"idle",       "doubled"
+		"idle",       "idle bytes",      "doubled"
 	};
 	const uint64_t *counted = (const uint64_t *)&is, *summed = (const uint64_t *)&g->check;
 

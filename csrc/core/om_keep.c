@@ -11,7 +11,7 @@
 static int start_kept_locked(struct om_stream *st, struct om_block *b)
 {
 	uint64_t bytes = om_fetch_missing_bytes(&b, 1, false);
-	int code = bytes ? om_room_make_locked(st->store, st->group, bytes, false, &b, 1) : 0;
+	int code = bytes ? om_room_make_locked(st->store, st->group, bytes, 0, &b, 1) : 0;
 
 	return code ? code : om_fetch_start_locked(st->store, &b, 1, OM_DEMAND);
 }

@@ -73,7 +73,7 @@ static int reserve_loose_locked(struct om_store *s, struct om_group *g, uint64_t
 
 	bytes = om_up(OM_MAX(bytes, 1), OM_PAGE);
 	do { /* other threads may be quicker to take the room */
-		code = om_room_wait_locked(s, g, bytes, deadline_ns, NULL, 0);
+		code = om_room_wait_locked(s, g, bytes, OM_ROOM_WRITE, deadline_ns);
 		if (!code)
 			code = whole ? om_pool_alloc(&s->pool, bytes, bytes, ret)
 			             : om_fetch_reserve_locked(s, g, bytes, ret);

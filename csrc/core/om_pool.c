@@ -12,6 +12,7 @@
 
 #include "base/om_base.h"
 #include "base/om_error.h"
+#include "core/om_guard.h"
 #include "plat/om_dev.h"
 
 static struct om_segment *segment_of(struct om_list *link)
@@ -24,6 +25,26 @@ static uint64_t populated_of(const struct om_segment *s)
 	return __atomic_load_n(&s->populated, __ATOMIC_RELAXED);
 }
 
+/* Bytes of a segment are mapped, or no longer. */
+static void count_bytes(const struct om_segment *s, int64_t bytes)
+{
+	om_guard_count(s->fresh ? bytes : 0, s->fresh ? 0 : bytes);
+}
+
+static void segment_filled(struct om_segment *s)
+{
+	if (!s->fresh)
+		return;
+	s->fresh = false;
+	om_guard_count(-(int64_t)s->bytes, (int64_t)s->bytes);
+}
+
+void om_pool_filled(struct om_extent *e)
+{
+	if (e->segment)
+		segment_filled(e->segment);
+}
+
 void om_segment_ref(struct om_segment *s)
 {
 	__atomic_add_fetch(&s->refs, 1, __ATOMIC_RELAXED);
@@ -34,6 +55,7 @@ void om_segment_unref(struct om_segment *s)
 	if (__atomic_sub_fetch(&s->refs, 1, __ATOMIC_ACQ_REL))
 		return;
 	om_host_unmap(s->base, s->bytes);
+	count_bytes(s, -(int64_t)s->bytes);
 	om_arena_destroy(s->arena);
 	om_free(s);
 }
@@ -58,6 +80,7 @@ static void cache_put(struct om_pool *p, struct om_segment *s)
 {
 	om_list_del(&s->link);
 	s->freed_ns = om_now();
+	segment_filled(s); /* some of it at least */
 	p->cached_bytes += s->bytes;
 	om_list_push_tail(&p->cached, &s->link);
 }
@@ -148,6 +171,8 @@ static int segment_map(struct om_pool *p, uint64_t bytes, struct om_segment **re
 	om_list_init(&s->link);
 	s->bytes = bytes;
 	s->refs = 1;
+	s->fresh = true;
+	count_bytes(s, (int64_t)bytes);
 	p->mapped_bytes += bytes;
 	*ret = s;
 	return 0;
@@ -158,6 +183,7 @@ static void segment_cut(struct om_pool *p, struct om_segment *s, uint64_t bytes)
 {
 	om_host_unmap((char *)s->base + bytes, s->bytes - bytes);
 	p->mapped_bytes -= s->bytes - bytes;
+	count_bytes(s, -(int64_t)(s->bytes - bytes));
 	s->bytes = bytes;
 	if (populated_of(s) > bytes)
 		__atomic_store_n(&s->populated, bytes, __ATOMIC_RELAXED);
@@ -187,19 +213,20 @@ static bool map_fits(const struct om_pool *p, uint64_t bytes)
  * latest when the cache is empty. */
 static int segment_get(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_segment **ret)
 {
-	struct om_segment *s = cache_find(p, bytes, most);
+	struct om_segment *s = cache_find(p, bytes, most), *larger;
 	int code = 0;
 
 	if (s) {
 		*ret = cache_take(p, s);
 		return 0;
 	}
-	if (map_fits(p, bytes)) {
+	larger = cache_find(p, bytes, UINT64_MAX);
+	if (map_fits(p, bytes) && !(p->tight && larger)) {
 		code = segment_map(p, bytes, ret);
 		if (!code)
 			return 0;
 	}
-	s = cache_find(p, bytes, UINT64_MAX);
+	s = larger;
 	if (s) {
 		*ret = cache_take(p, s);
 		segment_cut(p, s, bytes);
@@ -376,20 +403,35 @@ void om_pool_cut(struct om_pool *p, struct om_extent *e, uint64_t bytes)
 	s->used = e->bytes = size;
 }
 
+static bool has_hole(const struct om_pool *p, uint64_t size)
+{
+	OM_LIST_FOREACH(link, &p->shared) {
+		if (is_full(segment_of(link)))
+			break;
+		if (om_arena_largest_free(segment_of(link)->arena) >= size)
+			return true;
+	}
+	return false;
+}
+
 bool om_pool_fits(const struct om_pool *p, uint64_t bytes)
 {
 	uint64_t size = om_up(bytes, OM_PAGE);
 
 	if (size < bytes)
 		return false;
-	if (size <= OM_POOL_SMALL)
-		OM_LIST_FOREACH(link, &p->shared) {
-			if (is_full(segment_of(link)))
-				break;
-			if (om_arena_largest_free(segment_of(link)->arena) >= size)
-				return true;
-		}
-	return limit_fits(p, size);
+	return (size <= OM_POOL_SMALL && has_hole(p, size)) || limit_fits(p, size);
+}
+
+uint64_t om_pool_growth(const struct om_pool *p, uint64_t bytes)
+{
+	uint64_t size = om_up(bytes, OM_PAGE), most = size + size / 4;
+
+	if (!size || (size <= OM_POOL_SMALL && has_hole(p, size)))
+		return 0;
+	if (size <= OM_POOL_SMALL && limit_fits(p, OM_POOL_SHARED))
+		size = most = OM_POOL_SHARED;
+	return cache_find(p, size, p->tight ? UINT64_MAX : most) ? 0 : size;
 }
 
 /* ---- check ---- */

@@ -24,9 +24,10 @@
 struct om_segment {
 	struct om_list link; /* pool's live (dedicated or shared) or cached list */
 	void *base;
-	uint64_t bytes;         /* mapped */
-	uint64_t populated;     /* atomic: pages of [0, populated) are faulted in */
-	bool populating;        /* the mover's: a job that faults in the rest is queued */
+	uint64_t bytes;     /* mapped */
+	uint64_t populated; /* atomic: pages of [0, populated) are faulted in */
+	bool populating;    /* the mover's: a job that faults in the rest is queued */
+	bool fresh; /* nobody has filled any of it yet: it may be in no reading of om_guard */
 	struct om_arena *arena; /* shared segments; NULL when dedicated */
 	uint64_t used;          /* bytes of extents handed out */
 	uint64_t freed_ns;      /* cached: since when */
@@ -44,6 +45,7 @@ struct om_pool {
 	uint64_t used_bytes;   /* sum of extents handed out */
 	uint64_t mapped_bytes; /* sum of segments, cached ones included */
 	uint64_t cached_bytes; /* of these, the cached ones */
+	bool tight; /* memory is short: a larger cached segment is cut before a new one is mapped */
 	struct om_list shared, dedicated,
 		cached; /* shared: full ones last; cached: longest idle first */
 };
@@ -77,6 +79,10 @@ void om_pool_cut(struct om_pool *p, struct om_extent *e, uint64_t bytes);
 uint64_t om_pool_room(const struct om_pool *p);
 /* Could om_pool_alloc succeed now, as far as the limit goes? */
 bool om_pool_fits(const struct om_pool *p, uint64_t bytes);
+/* Bytes that om_pool_alloc would map for a request of `bytes`. */
+uint64_t om_pool_growth(const struct om_pool *p, uint64_t bytes);
+/* The extent's bytes are there. */
+void om_pool_filled(struct om_extent *e);
 /* Unmap cached segments that have been idle since before `freed_before_ns` (UINT64_MAX: all).
  * Returns the bytes given back. */
 uint64_t om_pool_trim(struct om_pool *p, uint64_t freed_before_ns);

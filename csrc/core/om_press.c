@@ -1,83 +1,128 @@
 /*
- * om_press: a store gives memory back because memory is short.
- *
- * TO BE REPLACED AT THE MERGE by the store's own guard: this one trims, and has idle blocks go one after the other,
- * those of the first group first.
+ * om_press: what a store does when it is told that memory is short: what no block uses is unmapped, guesses
+ * stop, idle blocks go as far as they are wanted (om_sweep.c). Who tells is a monitor, or anybody.
  */
-#include "core/om_store_int.h"
+#include <errno.h>
 
-static bool idle(const struct om_block *b)
-{
-	return b->host == OM_COPY_VALID && !b->leases && !b->pinned && b->body && !b->body->holds;
-}
+#include "core/om_sweep.h"
 
-static uint64_t idle_bytes_locked(struct om_store *s)
+/* Memory that no block uses now and that a ring takes again with its next unit: planned, and worth more than
+ * the pages that it would save for a moment. */
+static uint64_t ring_bytes(const struct om_store *s)
 {
 	uint64_t bytes = 0;
 
-	OM_LIST_FOREACH(link, &s->blocks) {
-		const struct om_block *b = om_container_of(link, struct om_block, all);
+	OM_LIST_FOREACH(link, &s->groups) {
+		const struct om_group *g = om_container_of(link, struct om_group, link);
 
-		bytes += idle(b) ? om_block_host_bytes(b) : 0;
+		if (g->streams && g->limit_bytes > g->used_bytes)
+			bytes += g->limit_bytes - g->used_bytes;
 	}
 	return bytes;
 }
 
-static struct om_block *victim_locked(struct om_store *s)
+static uint64_t idle_bytes(const struct om_store *s)
 {
-	struct om_block *b = NULL;
+	uint64_t bytes = 0;
 
-	OM_LIST_FOREACH(link, &s->groups) {
-		b = om_room_victim_locked(s, om_container_of(link, struct om_group, link));
-		if (b)
-			break;
-	}
-	return b;
+	OM_LIST_FOREACH(link, &s->groups)
+		bytes += om_container_of(link, struct om_group, link)->idle_bytes;
+	return bytes;
 }
 
-/* One block goes. 1, 0 or an error, as om_room_evict_locked. */
-static int press_one_locked(struct om_store *s, struct om_block *b, uint64_t deadline_ns,
-                            struct om_pressed *ret)
+struct om_press {
+	struct om_sweep sweep;
+};
+
+static int begin(struct om_sweep *w, struct om_store *s, enum om_level level, double ceiling,
+                 uint64_t bytes)
 {
-	uint64_t bytes = om_block_host_bytes(b);
-	bool clean = om_block_expendable(b);
+	uint64_t mapped;
 	int code;
 
-	om_block_ref(b);
-	code = om_room_evict_locked(s, b, deadline_ns);
-	om_block_unref(b);
-	if (code == 1 && clean) {
-		ret->dropped_bytes += bytes;
-		ret->dropped_blocks++;
-	} else if (code == 1) {
-		ret->written_bytes += bytes;
-		ret->written_blocks++;
-	}
-	return code;
+	*w = (struct om_sweep){ .store = s, .want = bytes };
+	if (!(ceiling >= 0 && ceiling <= 1))
+		return om_err(
+			OM_EVALUE,
+			"ceiling=%g must be a share of memory in use, above 0 to 1, or 0 for %g",
+			ceiling, OM_GUARD_CEILING);
+	code = om_store_enter(s);
+	if (code)
+		return code;
+	s->guard.level = level;
+	s->guard.ceiling = ceiling;
+	w->reserve = level == OM_CRITICAL ? 0 : ring_bytes(s);
+	mapped = s->pool.mapped_bytes;
+	if (level >= OM_MEDIUM)
+		om_pool_trim_to(&s->pool, w->reserve);
+	w->done.trimmed_bytes = mapped - s->pool.mapped_bytes;
+	w->done.left_bytes = idle_bytes(s);
+	return om_store_leave(s, 0);
+}
+
+static int wait_for(struct om_sweep *w, uint64_t deadline_ns)
+{
+	int code;
+
+	if (!w->want)
+		return 0;
+	code = om_store_enter(w->store);
+	if (code)
+		return code;
+	code = om_sweep_run_locked(w, deadline_ns);
+	w->done.left_bytes = idle_bytes(w->store);
+	return om_store_leave(w->store, code);
+}
+
+static void end(struct om_sweep *w)
+{
+	if (w->store->fork_generation != om_fork_generation())
+		return;
+	om_mutex_lock(&w->store->lock);
+	om_sweep_end_locked(w);
+	om_mutex_unlock(&w->store->lock);
 }
 
 int om_store_press(struct om_store *s, enum om_level level, double ceiling, uint64_t bytes,
                    uint64_t deadline_ns, struct om_pressed *ret)
 {
-	int code = om_store_enter(s);
-	uint64_t cached;
+	struct om_sweep w;
+	int code = begin(&w, s, level, ceiling, bytes);
 
-	(void)ceiling;
-	*ret = (struct om_pressed){ 0 };
-	if (code)
-		return code;
-	while (code >= 0 && !s->closing && ret->dropped_bytes + ret->written_bytes < bytes) {
-		struct om_block *b = victim_locked(s);
-
-		if (!b)
-			break;
-		code = press_one_locked(s, b, deadline_ns, ret);
+	if (!code) {
+		code = wait_for(&w, deadline_ns);
+		end(&w);
 	}
-	cached = s->pool.cached_bytes;
-	if (level >= OM_MEDIUM)
-		om_pool_trim_to(&s->pool, 0);
-	cached -= s->pool.cached_bytes;
-	ret->trimmed_bytes = cached - OM_MIN(cached, ret->dropped_bytes + ret->written_bytes);
-	ret->left_bytes = idle_bytes_locked(s);
-	return om_store_leave(s, code < 0 ? code : 0);
+	*ret = w.done;
+	return code;
+}
+
+int om_press_begin(struct om_store *s, enum om_level level, double ceiling, uint64_t bytes,
+                   struct om_press **ret)
+{
+	struct om_press *p = om_alloc(1, sizeof(*p));
+	int code = p ? begin(&p->sweep, s, level, ceiling, bytes) : -ENOMEM;
+
+	if (code) {
+		om_free(p);
+		return code;
+	}
+	om_store_ref(s);
+	*ret = p;
+	return 0;
+}
+
+int om_press_wait(struct om_press *p, uint64_t deadline_ns)
+{
+	return wait_for(&p->sweep, deadline_ns);
+}
+
+void om_press_end(struct om_press *p, struct om_pressed *ret)
+{
+	struct om_store *s = p->sweep.store;
+
+	end(&p->sweep);
+	*ret = p->sweep.done;
+	om_free(p);
+	om_store_unref(s);
 }

@@ -102,7 +102,8 @@ static int try_reserve_locked(struct put *p, struct om_block *old)
 	uint64_t back = om_block_entry_bytes(old);
 	bool reuse = !p->coded.bytes && reusable(old, bytes);
 	int code = om_room_step_locked(p->s, p->g, reuse || p->coded.bytes ? 0 : bytes,
-	                               bytes - OM_MIN(bytes, back), true, &old, old ? 1 : 0);
+	                               bytes - OM_MIN(bytes, back), OM_ROOM_WRITE, &old,
+	                               old ? 1 : 0);
 
 	if (code || p->coded.bytes)
 		return code;

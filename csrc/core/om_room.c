@@ -43,29 +43,47 @@ static bool over_limit(const struct om_group *g)
 	return g->limit_bytes && g->used_bytes > g->limit_bytes;
 }
 
+/* When a block is expected to be used, if its group is never used as a whole. */
+static uint64_t next_access(struct om_store *s, const struct om_block *b, uint64_t now_ns)
+{
+	const struct om_block *owner = b->inner ? om_table_find(&s->table, b->name) : b;
+
+	return om_use_next_since((owner ? owner : b)->accessed_ns, now_ns);
+}
+
+/* One of a group over its own limit, else of the group whose next use is furthest. */
 static struct om_block *pick_victim(struct om_store *s, struct om_group *only, bool dirty,
                                     struct om_block *const *keep, size_t keep_count)
 {
 	struct wish wish = { dirty, keep, keep_count };
 	struct om_block *found = NULL;
+	uint64_t now_ns = only ? 0 : om_now_coarse(), furthest = 0;
 
 	if (only)
 		return om_group_victim(only, granted, &wish);
 	OM_LIST_FOREACH(link, &s->groups) {
 		struct om_group *g = om_container_of(link, struct om_group, link);
+		uint64_t next = om_use_next(&g->use, now_ns);
 		bool over = over_limit(g);
-		struct om_block *b = over || !found ? om_group_victim(g, granted, &wish) : NULL;
+		struct om_block *b = NULL;
 
+		if (over || !found || !next || next > furthest)
+			b = om_group_victim(g, granted, &wish);
 		if (b && over)
 			return b;
-		found = found ? found : b;
+		next = b && !next ? next_access(s, b, now_ns) : next;
+		if (!b || (found && next <= furthest))
+			continue;
+		found = b;
+		furthest = next;
 	}
 	return found;
 }
 
 bool om_room_free_locked(struct om_store *s, const struct om_group *g, uint64_t bytes)
 {
-	return group_fits(g, bytes) && om_pool_fits(&s->pool, bytes);
+	return group_fits(g, bytes) && om_pool_fits(&s->pool, bytes) &&
+	       om_guard_room_locked(s, bytes);
 }
 
 struct om_block *om_room_victim_locked(struct om_store *s, struct om_group *g)
@@ -179,9 +197,37 @@ static uint64_t entries_bytes(struct om_block *const *keep, size_t keep_count)
 	return bytes;
 }
 
-int om_room_step_locked(struct om_store *s, struct om_group *g, uint64_t bytes, uint64_t own_bytes,
-                        bool spill, struct om_block *const *keep, size_t keep_count)
+/* There is room for a request, but memory is `above` bytes over the ceiling: has somebody to give way first?
+ * 0: no, nobody can; OM_ROOM_STEP: a clean copy went; OM_EAGAIN: something is on its way out, or would be if
+ * the caller wrote. What was fetched ahead is planned, and stays. */
+static int yield_locked(struct om_store *s, uint64_t above, unsigned how,
+                        struct om_block *const *keep, size_t keep_count)
 {
+	bool any, stuck = om_now() < s->guard.stuck_until;
+	struct om_block *b;
+
+	if (departing(s, NULL, above, &any) && !stuck)
+		return OM_EAGAIN;
+	b = pick_victim(s, NULL, false, keep, keep_count);
+	if (b) {
+		om_room_drop_locked(s, b);
+		return OM_ROOM_STEP;
+	}
+	if (stuck)
+		return 0;
+	b = pick_victim(s, NULL, true, keep, keep_count);
+	if (b && (how & OM_ROOM_WRITE) &&
+	    om_spill_locked(s, b)) { /* growing is better than failing */
+		om_guard_stuck_locked(s);
+		return OM_EAGAIN;
+	}
+	return b || any ? OM_EAGAIN : 0;
+}
+
+int om_room_step_locked(struct om_store *s, struct om_group *g, uint64_t bytes, uint64_t own_bytes,
+                        unsigned how, struct om_block *const *keep, size_t keep_count)
+{
+	bool spill = how & OM_ROOM_WRITE;
 	uint32_t victims = 0;
 
 	if (g->limit_bytes && bytes > g->limit_bytes)
@@ -199,8 +245,14 @@ int om_room_step_locked(struct om_store *s, struct om_group *g, uint64_t bytes, 
 		                (over_limit(g) ? g->used_bytes - g->limit_bytes : 0);
 		struct om_block *b;
 
-		if (!own && om_pool_fits(&s->pool, bytes))
-			return 0;
+		if (!own && om_pool_fits(&s->pool, bytes)) {
+			uint64_t above = how & OM_ROOM_MAPPED ? 0 : om_guard_short_locked(s, bytes);
+			int code = above ? yield_locked(s, above, how, keep, keep_count) : 0;
+
+			if (code != OM_ROOM_STEP)
+				return code;
+			continue;
+		}
 		if (departing(s, only, need, &any))
 			return OM_EAGAIN;
 		if (own && g->cache) {
@@ -240,11 +292,11 @@ void om_room_pause_locked(struct om_store *s)
 	om_store_changed_locked(s);
 }
 
-int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, bool spill,
+int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, unsigned how,
                         struct om_block *const *keep, size_t keep_count)
 {
 	for (;;) {
-		int code = om_room_step_locked(s, g, bytes, bytes, spill, keep, keep_count);
+		int code = om_room_step_locked(s, g, bytes, bytes, how, keep, keep_count);
 
 		if (code != OM_ROOM_STEP)
 			return code;
@@ -297,14 +349,14 @@ int om_room_verdict_locked(struct om_store *s, int code, unsigned failed_before)
 	return code;
 }
 
-int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
-                        uint64_t deadline_ns, struct om_block *const *keep, size_t keep_count)
+int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes, unsigned how,
+                        uint64_t deadline_ns)
 {
 	unsigned failed = s->spills_failed;
 
 	for (;;) {
 		int code = s->closing ? om_err(OM_ECLOSED, "the store is closed")
-		                      : om_room_make_locked(s, g, bytes, true, keep, keep_count);
+		                      : om_room_make_locked(s, g, bytes, how, NULL, 0);
 
 		code = om_room_verdict_locked(s, code, failed);
 		if (code != OM_EAGAIN && code != OM_EBUSY)
@@ -359,6 +411,13 @@ void om_room_busy_error(struct om_store *s, struct om_group *g, uint64_t bytes)
 	struct om_group *only = group_fits(g, bytes) ? NULL : g;
 	const struct om_block *victim = pick_victim(s, only, true, NULL, 0);
 
+	if (!only && bytes && om_pool_fits(&s->pool, bytes)) {
+		om_err(OM_EBUSY,
+		       "memory is short, and what makes way for %llu bytes is still being written at "
+		       "the deadline; wait longer, or free memory",
+		       (unsigned long long)bytes);
+		return;
+	}
 	if (victim && !om_disk_target(&s->disk, victim->nbytes)) {
 		om_spill_busy_error(s, victim, victim->nbytes);
 		return;

@@ -10,6 +10,7 @@
 #define OM_STORE_INT_H
 
 #include "base/om_sync.h"
+#include "core/om_guard.h"
 #include "core/om_latency.h"
 #include "core/om_meter.h"
 #include "core/om_move.h"
@@ -51,6 +52,7 @@ struct om_store {
 	struct om_list blocks, groups;
 	struct om_table table;
 	struct om_pool pool;
+	struct om_guard guard;
 	struct om_disk disk;
 	uint64_t host_peak_bytes; /* since a mark began or ended, as are those of disk and meter */
 	uint64_t loose_bytes;     /* extents that a thread fills before a block has them */
@@ -120,21 +122,28 @@ void om_store_reap_locked(struct om_store *s, struct om_block *b);
 
 /* om_room.c */
 #define OM_SPILL_TRIES 4 /* failed writes that a thread waiting for room puts up with */
+enum om_room_how {
+	OM_ROOM_WRITE = 1, /* dirty idle copies make way too */
+	OM_ROOM_MAPPED =
+		2, /* the memory is there, somebody else's: no more is taken from the system */
+};
 /* Can `bytes` more be had in `g` now? Drops clean idle copies for it, never waits. 0; OM_EAGAIN: something
- * is on its way out; OM_EBUSY: leased copies are in the way; OM_ELIMIT: never. With `spill`, dirty idle
- * copies are sent out as well (the lock is given up meanwhile: look everything up again). */
-int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, bool spill,
+ * is on its way out; OM_EBUSY: leased copies are in the way; OM_ELIMIT: never. `how`: enum om_room_how; with
+ * OM_ROOM_WRITE dirty idle copies are sent out as well (the lock is given up meanwhile: look everything up
+ * again). Room is what the limits leave, and what the guard says can be taken from the system; but if
+ * nobody can make way, that alone is no reason. */
+int om_room_make_locked(struct om_store *s, struct om_group *g, uint64_t bytes, unsigned how,
                         struct om_block *const *keep, size_t keep_count);
 /* As above, but that only `own_bytes` count in the limit of `g`, and that it stops with OM_ROOM_STEP after
  * so many victims as a cache's step may take. */
 #define OM_ROOM_STEP 1
 int om_room_step_locked(struct om_store *s, struct om_group *g, uint64_t bytes, uint64_t own_bytes,
-                        bool spill, struct om_block *const *keep, size_t keep_count);
+                        unsigned how, struct om_block *const *keep, size_t keep_count);
 /* Let others have the lock. */
 void om_room_pause_locked(struct om_store *s);
 /* As om_room_make_locked, waiting until there is room. */
-int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes,
-                        uint64_t deadline_ns, struct om_block *const *keep, size_t keep_count);
+int om_room_wait_locked(struct om_store *s, struct om_group *g, uint64_t bytes, unsigned how,
+                        uint64_t deadline_ns);
 /* Bring a group back under a limit that was lowered, as far as leases allow: clean idle copies go now,
  * dirty ones are on their way out. Waits for no I/O; may give up the lock. */
 void om_room_shrink_locked(struct om_store *s, struct om_group *g);

@@ -61,7 +61,7 @@ static void look_locked(struct om_ticket *t, struct item *it)
 	} else if (!b->named) {
 		settle_item_locked(t, it, om_err(OM_ENAME, "block '%s' was removed", b->name));
 	} else if (b->host == OM_COPY_NONE) {
-		int code = om_room_make_locked(s, b->group, om_block_host_bytes(b), false, NULL, 0);
+		int code = om_room_make_locked(s, b->group, om_block_host_bytes(b), 0, NULL, 0);
 
 		if (!code)
 			code = om_fetch_start_locked(s, &b, 1, OM_PREFETCH);
@@ -128,8 +128,8 @@ static int wait_start_locked(struct om_ticket *t, struct item *it, uint64_t dead
 	int code = 0;
 
 	if (b->host == OM_COPY_NONE)
-		code = om_room_wait_locked(s, b->group, om_block_host_bytes(b), deadline_ns, NULL,
-		                           0);
+		code = om_room_wait_locked(s, b->group, om_block_host_bytes(b), OM_ROOM_WRITE,
+		                           deadline_ns);
 	if (code)
 		return code;
 	look_locked(t, it);

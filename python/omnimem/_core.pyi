@@ -132,6 +132,21 @@ class Store:
         fetch ahead of demand what is foretold, into free room, as long as most of it is used.
         """
 
+    def use_begin(self, group: str, /) -> None:
+        """A whole group is in use from now on (a model's pass begins).
+
+        It is counted, and the group's blocks are the last to go meanwhile.
+        """
+
+    def use_end(self, group: str, /) -> None:
+        """That use is over.
+
+        Raises
+        ------
+        ValueError
+            None had begun.
+        """
+
     def trim(self, reserve: int = 0) -> None:
         """Give memory that no block uses back to the system, but for `reserve` bytes."""
 
@@ -158,6 +173,12 @@ class Store:
     def _swap_out(
         self, group: str, nbytes: int, timeout: float | None = None, /
     ) -> tuple[int, int]: ...
+    def _usage(
+        self, group: str, window: float, /
+    ) -> tuple[int, int, int, float, float, float, float]: ...
+    def _press(
+        self, level: int, nbytes: int, ceiling: float, timeout: float | None, /
+    ) -> tuple[int, int, int, int, int, int]: ...
     def _victim(self, group: str, /) -> Lease | None: ...
     def _pack(self, lease: Lease, data: _Data, codec: int, /) -> bool: ...
     def _disk(self, directory: _Path | None, limit: int, /) -> None: ...

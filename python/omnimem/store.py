@@ -15,7 +15,7 @@ from typing import Any
 from omnimem import _core
 from omnimem.config import StoreConfig, parse_size
 
-__all__ = ["BlockInfo", "Event", "GroupStats", "Store", "StoreStats", "TierStats"]
+__all__ = ["BlockInfo", "Event", "GroupStats", "Pressed", "Store", "StoreStats", "TierStats", "Usage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,8 @@ class GroupStats:
     """Memory that their copies hold."""
     host_peak_bytes: int
     """The most that was ever held."""
+    idle_bytes: int
+    """Of `host_bytes`, those that may go now."""
     disk_bytes: int
     """Bytes of the swap file that their copies hold."""
     limit_bytes: int
@@ -124,6 +126,45 @@ class GroupStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """When a group is used as a whole (`Store.usage`). Moments are those of `time.monotonic`."""
+
+    uses: int
+    """Uses ever."""
+    recent: int
+    """Of the last 64, those that began within the window."""
+    busy: int
+    """Uses that have begun and not ended."""
+    first: float
+    """When the first one began; 0.0: there was none."""
+    last: float
+    """When the last one began."""
+    next: float
+    """When it is expected to be used next: now while it is in use, else a typical gap after the
+    last time; once that has passed, the later the longer it was not used. 0.0: it never was."""
+    gap: float
+    """Seconds between uses, the median of the last ones; 0.0: unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pressed:
+    """What a store gave up (`Store.press`)."""
+
+    trimmed_bytes: int
+    """Memory that no block used."""
+    dropped_bytes: int
+    """Memory of blocks that lie elsewhere too."""
+    dropped_blocks: int
+    """Those blocks."""
+    written_bytes: int
+    """Memory of blocks that were written to the swap file."""
+    written_blocks: int
+    """Those blocks."""
+    left_bytes: int
+    """Of blocks that may still go."""
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """Something that happened to a block (`Store.events`)."""
 
@@ -155,6 +196,8 @@ class StoreStats:
     """Of `host`: encoded forms of blocks, in use; the limit and the peak are those of both."""
     gpu: Mapping[str, TierStats] = field(default_factory=lambda: MappingProxyType({}))
     """By device."""
+    idle_bytes: int
+    """Of `host`, bytes that may go now: `host.used_bytes - idle_bytes` are held."""
     exported_bytes: int
     """Bytes of blocks that some consumer can still see (buffers, DLPack)."""
     blocks: int
@@ -285,6 +328,46 @@ class Store(_core.Store):
     def group_stats(self, group: str = "default") -> GroupStats:
         """Counters of one group. Takes no longer with more blocks."""
         return GroupStats(**self._group_stats(group))
+
+    def usage(self, group: str, window: float = 300.0) -> Usage:
+        """When a group was used as a whole (`use_begin`), and is expected to be used next.
+
+        Parameters
+        ----------
+        group : str
+            Its name.
+        window : float
+            Seconds within which uses count as recent.
+        """
+        return Usage(*self._usage(group, window))
+
+    def press(
+        self, level: int, nbytes: int = 0, ceiling: float = 0.0, timeout: float | None = 30.0
+    ) -> Pressed:
+        """Memory is short, or no longer: what a monitor does by itself.
+
+        Parameters
+        ----------
+        level : int
+            0 (low) to 3 (critical). From 1 on nothing is fetched on a guess, and memory that no
+            block uses goes back to the system, until it is 0 again.
+        nbytes : int
+            Bytes of memory that idle blocks are to give up besides, those of the groups first
+            whose next use is furthest.
+        ceiling : float
+            Share in use, 0..1, of the tightest memory of the process from which on the store has
+            idle blocks give way before it takes more memory; 0.0: the default, 0.9.
+        timeout : float, optional
+            Seconds to wait for writes; None: as long as they take.
+
+        Raises
+        ------
+        ValueError
+            No such level, no such share.
+        BusyError
+            Not all is written yet at the deadline; it goes on.
+        """
+        return Pressed(*self._press(level, nbytes, ceiling, timeout))
 
     def events(self, since: int = 0) -> list[Event]:
         """The last events, at most 4096, from number `since` on, oldest first."""

@@ -1,0 +1,39 @@
+/*
+ * om_guard: before a store takes more memory from the system, is there enough of it? A soft ceiling on the
+ * share in use of the tightest memory of the process (plat/om_sys.h), for all stores together.
+ *
+ * What is in use is the last reading, and what stores have mapped and unmapped since. Memory that was mapped
+ * and is not filled yet is in no reading: it is counted apart (`fresh`). The numbers of the process are
+ * atomic; a reading is taken by one thread at a time, under its store's lock, in about 50 us.
+ */
+#ifndef OM_GUARD_H
+#define OM_GUARD_H
+
+#include "omnimem.h"
+
+#define OM_GUARD_CEILING 0.90
+
+struct om_guard {             /* of a store, under its lock */
+	double ceiling;       /* 0: OM_GUARD_CEILING */
+	enum om_level level;  /* from OM_MEDIUM on nothing is fetched on a guess */
+	uint64_t stuck_until; /* a write failed: until then nobody has to make way by one */
+};
+
+/* How many bytes others have to give up before `bytes` more are taken from the pool; 0: none. Memory that
+ * no block uses is unmapped first. Costs nothing while the pool maps nothing for them. */
+uint64_t om_guard_short_locked(struct om_store *s, uint64_t bytes);
+/* Is there room for `bytes` on a guess? Nothing gives way. */
+bool om_guard_room_locked(struct om_store *s, uint64_t bytes);
+/* Writing out has failed. */
+void om_guard_stuck_locked(struct om_store *s);
+
+/* For the pool. Memory of stores: mapped and not filled; known to be filled. Any thread. */
+void om_guard_count(int64_t fresh_bytes, int64_t filled_bytes);
+/* Memory of somebody else came to a store (it may be new: a reading is due), or is let go. */
+void om_guard_count_foreign(int64_t bytes);
+
+/* For tests: where the system's files are (NULL: "/"), and whether one reading, the next, is to be enough. */
+void om_guard_fake(const char *root, bool once);
+uint64_t om_guard_readings(void); /* taken ever */
+
+#endif
