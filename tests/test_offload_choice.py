@@ -99,7 +99,7 @@ def test_who_goes_first(first: dict[str, object], second: dict[str, object]) -> 
     ("fields", "said"),
     [
         ({"busy": True}, "'a' is in use"),
-        ({"moved": NOW - 4}, "moved 4.0 s ago, less than min_offload_interval 10 s"),
+        ({"moved": NOW - 4}, "last move of 'a' was 4.0 s ago, less than min_offload_interval 10 s"),
         ({"stays": "no disk"}, "no disk"),
         ({"host_bytes": 0, "missing_bytes": 5}, "nothing of 'a' is in memory"),
     ],
@@ -180,7 +180,7 @@ def test_ahead_of_the_predicted_use() -> None:
         ({"next": None}, 0.3, "is not known"),
         ({"next": NOW - 90, "gap": 80}, 0.3, "is not known"),
         ({}, 0.6, "not below restore_threshold 60.0%"),
-        ({"moved": NOW - 4}, 0.3, "moved 4.0 s ago"),
+        ({"moved": NOW - 4}, 0.3, "last move of 'a' was 4.0 s ago"),
         ({"stays": "paused"}, 0.3, "paused"),
     ],
 )

@@ -86,6 +86,7 @@ def manage(
     *,
     model_dir: str | os.PathLike[str] | None = None,
     timeout: float = 30.0,
+    resident: bool = True,
 ) -> Movable:
     """Make a model's weights movable.
 
@@ -103,6 +104,9 @@ def manage(
         what was written to its weights goes when they do.
     timeout : float
         Seconds that weights may take to arrive when they are used.
+    resident : bool
+        Of a module: keep its weights in memory. Else they are idle, or out where they come from a
+        checkpoint, until they are used: the store need not have room for all of them.
 
     Raises
     ------
@@ -117,7 +121,7 @@ def manage(
     if torch is not None and isinstance(model, torch.nn.Module):
         from omnimem._torch_managed import manage_module
 
-        return manage_module(model, store, model_id, model_dir, timeout)
+        return manage_module(model, store, model_id, model_dir, timeout, resident)
     if model_dir is not None:
         raise TypeError(f"model_dir is of a torch module, not of a {type(model).__name__}")
     return ManagedMapping(model, store, model_id)

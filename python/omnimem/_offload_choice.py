@@ -113,7 +113,7 @@ class Model:
     busy: bool = False
     """Somebody is inside a pass."""
     moved: float | None = None
-    """When it last moved."""
+    """When it last moved, or failed to."""
     stays: str = ""
     """Why it cannot move, or not now; "": it can."""
 
@@ -231,7 +231,7 @@ def _against(model: Model, config: OffloadConfig, now: float) -> str:
         return f"{model.model_id!r} is in use"
     if model.moved is not None and now - model.moved < config.min_offload_interval:
         return (
-            f"{model.model_id!r} moved {now - model.moved:.1f} s ago, less than "
+            f"the last move of {model.model_id!r} was {now - model.moved:.1f} s ago, less than "
             f"min_offload_interval {config.min_offload_interval:g} s"
         )
     return ""

@@ -190,6 +190,7 @@ class ManagedModule(Uncopied):
         units: ManagedUnits,
         store: Store,
         model_id: str,
+        resident: bool,
     ) -> None:
         self.model_id = model_id
         self.group = units.group
@@ -213,9 +214,9 @@ class ManagedModule(Uncopied):
             if param.numel() and not param.is_meta
         ]
         """What the parameters' memory was before; somebody may still hold it."""
-        self._start()
+        self._start(resident)
 
-    def _start(self) -> None:
+    def _start(self, resident: bool) -> None:
         former: dict[int, torch.Tensor] = {}
         try:
             self._units.load()
@@ -223,7 +224,7 @@ class ManagedModule(Uncopied):
             with torch.inference_mode(False):
                 for param in self._params.values():
                     former[id(param)] = materialize(param)
-            if meta:
+            if meta or not resident:
                 self._wish = _Wish(frozenset())
             self._show_all(former)
             self._hook()
@@ -247,6 +248,8 @@ class ManagedModule(Uncopied):
                 with torch.inference_mode(False):
                     for param in unit.params:
                         param.data = unset(param.shape, param.dtype)
+                for part in unit.parts:
+                    part.memory = None
                 continue
             self._units.stream.keep(number, True)
             self._units.bring(number, self._units._timeout)
@@ -538,6 +541,7 @@ def manage_module(
     model_id: str,
     model_dir: str | os.PathLike[str] | None,
     timeout: float,
+    resident: bool,
 ) -> ManagedModule:
     """See `omnimem._managed.manage`."""
     params = dict(model.named_parameters())
@@ -551,14 +555,14 @@ def manage_module(
     make = partial(ManagedUnits, group=group, store=store, timeout=timeout)
     if model_dir is None:
         units = make(parts_of_memory(model, params))
-        return ManagedModule(model, params, units, store, model_id)
+        return ManagedModule(model, params, units, store, model_id, resident)
     folder = Path(model_dir)
     with checkpoint.open(folder) as files:
         refuse_experts(files, folder)
         check_fit(params, dict(model.named_buffers()), files, folder)
         units = make(parts_of_files(model, params, files))
         files.check_unchanged()
-    return ManagedModule(model, params, units, store, model_id)
+    return ManagedModule(model, params, units, store, model_id, resident)
 
 
 def _refuse_shared(params: dict[str, nn.Parameter]) -> None:

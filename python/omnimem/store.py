@@ -15,7 +15,16 @@ from typing import Any
 from omnimem import _core
 from omnimem.config import StoreConfig, parse_size
 
-__all__ = ["BlockInfo", "Event", "GroupStats", "Pressed", "Store", "StoreStats", "TierStats", "Usage"]
+__all__ = [
+    "BlockInfo",
+    "Event",
+    "GroupStats",
+    "Pressed",
+    "Store",
+    "StoreStats",
+    "TierStats",
+    "Usage",
+]
 
 
 @dataclass(frozen=True, slots=True)

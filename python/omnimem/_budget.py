@@ -1,0 +1,146 @@
+"""One budget across several models: who is used has the memory, the others give way.
+
+When a pass of a model begins, those that nobody uses are rested: their bytes stay where they are,
+and may go as soon as the store needs room, those of the model that is expected last first. The
+model gets what the budget leaves beside others in use; where they are too many for it, each gets
+its share by bytes, and streams the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from omnimem._offload_choice import OffloadDecision
+from omnimem._offload_models import Entry, Models
+from omnimem.config import format_size, parse_size
+from omnimem.errors import ClosedError, Error, LimitError
+
+if TYPE_CHECKING:
+    from omnimem._managed import Movable
+
+__all__ = ["Budget", "shares"]
+
+log = logging.getLogger("omnimem.manager")
+
+_PAGE = 4096
+
+
+def shares(budget: int, users: Mapping[str, int]) -> dict[str, int]:
+    """Divide a budget among models in use, by the bytes of their weights.
+
+    Parameters
+    ----------
+    budget : int
+        Bytes.
+    users : mapping of str to int
+        Bytes of weights by model.
+
+    Returns
+    -------
+    dict of str to int
+        All bytes of each where they fit together; else the same share of each, in pages.
+    """
+    total = sum(users.values())
+    if total <= budget:
+        return dict(users)
+    return {name: budget * nbytes // total // _PAGE * _PAGE for name, nbytes in users.items()}
+
+
+class Budget:
+    """Shares a store's memory out among its models, as they begin to be used.
+
+    Parameters
+    ----------
+    models : Models
+    most : callable
+        Takes an entry; bytes of memory that it may have for other reasons than the budget.
+    note : callable
+        Takes what was decided.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        most: Callable[[Entry], int],
+        note: Callable[[OffloadDecision], object],
+    ) -> None:
+        self._models = models
+        self._most = most
+        self._note = note
+        self.nbytes = parse_size(models.store.config.host_limit)
+
+    def used(self, movable: Movable) -> None:
+        """A pass begins: runs on its thread, before it, outside every lock."""
+        entry = self._models.get(movable.model_id)
+        if entry is None or entry.movable is not movable:
+            return
+        others = [each for each in self._models if each is not entry]
+        busy = [each for each in others if each.movable.in_use]
+        users = {each.model_id: each.movable.nbytes for each in (entry, *busy)}
+        parts = shares(self.nbytes, users)
+        part = parts[entry.model_id]
+        if entry.cap is not None:
+            part = min(part, entry.cap)
+        if entry.room == part:
+            return
+        try:
+            for each in others:
+                if each not in busy and each.room is not None:
+                    self._rest(each, entry)
+            for each in busy:
+                if each.room is not None and each.room > parts[each.model_id]:
+                    each.room = parts[each.model_id]
+                    self._resize(each, each.room)
+            self._give(entry, part, busy)
+        except ClosedError:
+            return
+        except (Error, OSError, MemoryError) as error:
+            # It streams in the room that it has; what it cannot read is told where it is read.
+            log.warning("%r begins without memory of its own: %s", entry.model_id, error)
+
+    def _rest(self, entry: Entry, user: Entry) -> None:
+        entry.room = None
+        moved = entry.movable.offload("cpu")
+        reason = f"{user.model_id!r} is used now; {entry.model_id!r} gives way as it needs memory"
+        self._tell("offload", entry, reason, moved.nbytes)
+
+    def _give(self, entry: Entry, part: int, busy: list[Entry]) -> None:
+        """What is to stay comes as it is used, ahead of use: the pass need not wait for all."""
+        room = min(part, self._most(entry))
+        missing = entry.movable.missing_bytes()
+        beside = ", ".join(repr(each.model_id) for each in busy)
+        reason = (
+            f"{entry.model_id!r} is used now{f' beside {beside}' if beside else ''}: it may have "
+            f"{format_size(room)} of {format_size(self.nbytes)}, and has "
+            f"{format_size(entry.movable.nbytes)} of weights"
+        )
+        entry.room = part
+        trouble = self._resize(entry, room)
+        if trouble:
+            reason = f"{reason}; {trouble}"
+        streams = entry.movable.state == "streams" or room < entry.movable.nbytes
+        self._tell("stream" if streams else "restore", entry, reason, min(missing, room))
+
+    @staticmethod
+    def _resize(entry: Entry, room: int) -> str:
+        """Give a model so much; what keeps it from streaming in that, as text."""
+        try:
+            entry.movable.resize(room)
+        except LimitError as error:
+            entry.movable.offload("cpu")  # its units come one at a time, as the store has room
+            return str(error)
+        return ""
+
+    def _tell(self, action: str, entry: Entry, reason: str, nbytes: int) -> None:
+        self._note(
+            OffloadDecision(
+                action=action,
+                model_id=entry.model_id,
+                reason=reason,
+                nbytes=nbytes,
+                at=time.monotonic(),
+            )
+        )
