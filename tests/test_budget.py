@@ -50,7 +50,7 @@ def models(
 
     monkeypatch.setattr(_managed, "manage", manage)
     known = Models(open_store(host_limit=150 * MIB), 300.0)
-    return {name: known.add({"w": name}, name, None) for name in "abc"} | {  # type: ignore[return-value]
+    return {name: known.add({"w": name}, name, resident=False) for name in "abc"} | {  # type: ignore[return-value]
         "": known,
         "decisions": [],
     }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from omnimem._offload_choice import OffloadDecision
 from omnimem._offload_models import Entry, Models
-from omnimem.config import format_size, parse_size
+from omnimem.config import format_size
 from omnimem.errors import ClosedError, Error, LimitError
 
 if TYPE_CHECKING:
@@ -70,42 +70,38 @@ class Budget:
         self._models = models
         self._most = most
         self._note = note
-        self.nbytes = parse_size(models.store.config.host_limit)
 
     def used(self, movable: Movable) -> None:
         """A pass begins: runs on its thread, before it, outside every lock."""
         entry = self._models.get(movable.model_id)
         if entry is None or entry.movable is not movable:
             return
-        others = [each for each in self._models if each is not entry]
-        busy = [each for each in others if each.movable.in_use]
-        users = {each.model_id: each.movable.nbytes for each in (entry, *busy)}
-        parts = shares(self.nbytes, users)
-        part = parts[entry.model_id]
-        if entry.cap is not None:
-            part = min(part, entry.cap)
-        if entry.room == part:
+        busy = [each for each in self._models if each is not entry and each.movable.in_use]
+        users = {each.model_id: each for each in (entry, *busy)}
+        parts = shares(self._models.limit, {n: self._models.size(e) for n, e in users.items()})
+        rooms = {name: self._room(each, parts[name]) for name, each in users.items()}
+        room = rooms[entry.model_id]
+        if entry.room == room:
             return
+        entry.room = room  # before others are looked at: who brings one back looks at this
         try:
-            for each in others:
-                if each not in busy and each.room is not None:
-                    self._rest(each, entry)
+            for each in self._models.rest(entry):
+                self._tell("offload", each, f"{each.model_id!r} gives way to {entry.model_id!r}")
             for each in busy:
-                if each.room is not None and each.room > parts[each.model_id]:
-                    each.room = parts[each.model_id]
+                if each.room is None or each.room > rooms[each.model_id]:
+                    each.room = rooms[each.model_id]
                     self._resize(each, each.room)
-            self._give(entry, part, busy)
+            self._give(entry, room, busy)
         except ClosedError:
             return
         except (Error, OSError, MemoryError) as error:
             # It streams in the room that it has; what it cannot read is told where it is read.
             log.warning("%r begins without memory of its own: %s", entry.model_id, error)
 
-    def _rest(self, entry: Entry, user: Entry) -> None:
-        entry.room = None
-        moved = entry.movable.offload("cpu")
-        reason = f"{user.model_id!r} is used now; {entry.model_id!r} gives way as it needs memory"
-        self._tell("offload", entry, reason, moved.nbytes)
+    def _room(self, entry: Entry, part: int) -> int:
+        """Of a part of the budget, what weights may have."""
+        room = min(max(part - self._models.slack(entry), 0), entry.movable.nbytes)
+        return room if entry.cap is None else min(room, entry.cap)
 
     def _give(self, entry: Entry, part: int, busy: list[Entry]) -> None:
         """What is to stay comes as it is used, ahead of use: the pass need not wait for all."""
@@ -114,14 +110,13 @@ class Budget:
         beside = ", ".join(repr(each.model_id) for each in busy)
         reason = (
             f"{entry.model_id!r} is used now{f' beside {beside}' if beside else ''}: it may have "
-            f"{format_size(room)} of {format_size(self.nbytes)}, and has "
+            f"{format_size(room)} of {format_size(self._models.limit)}, and has "
             f"{format_size(entry.movable.nbytes)} of weights"
         )
-        entry.room = part
         trouble = self._resize(entry, room)
         if trouble:
             reason = f"{reason}; {trouble}"
-        streams = entry.movable.state == "streams" or room < entry.movable.nbytes
+        streams = bool(trouble) or room < entry.movable.nbytes
         self._tell("stream" if streams else "restore", entry, reason, min(missing, room))
 
     @staticmethod
@@ -134,7 +129,7 @@ class Budget:
             return str(error)
         return ""
 
-    def _tell(self, action: str, entry: Entry, reason: str, nbytes: int) -> None:
+    def _tell(self, action: str, entry: Entry, reason: str, nbytes: int = 0) -> None:
         self._note(
             OffloadDecision(
                 action=action,

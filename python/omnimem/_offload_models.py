@@ -31,6 +31,7 @@ log = logging.getLogger("omnimem.offload")
 _PATIENCE = 3
 """Failures in a row until a model is left alone for a while."""
 _PAUSE, _LONGEST_PAUSE = 60.0, 3600.0
+_PAGE = 4096
 _MEASURED = 16 << 20
 """Bytes that a rate takes to be believed."""
 
@@ -91,15 +92,17 @@ class Entry:
         """Bring it back, within `room` bytes of memory; None: all of it."""
         if self.cap is not None and (room is None or room > self.cap):
             room = self.cap
+        self.room = self.movable.nbytes if room is None else room  # others may take it meanwhile
         try:
             moved = self.movable.restore(room, target, timeout)
         except (ClosedError, LimitError):
+            self.room = None
             raise
         except (Error, OSError, MemoryError) as error:
+            self.room = None
             self._fail(error)
             log.warning("bringing %r back failed: %s", self.model_id, self.cause)
             raise
-        self.room = self.movable.nbytes if room is None else room
         self._succeed()
         return moved
 
@@ -163,6 +166,8 @@ class Models:
 
         movable = manage(model, self.store, model_id, model_dir=model_dir, resident=resident)
         entry = self._entries[model_id] = Entry(movable, model, model_dir is not None)
+        if resident:
+            entry.room = movable.nbytes
         if getattr(model, "omnimem", None) is movable:
             model.omnimem = Attached(self, entry)
         return entry
@@ -198,16 +203,47 @@ class Models:
             "store no disk (disk_limit=0)"
         )
 
+    @property
+    def limit(self) -> int:
+        """Bytes of memory that the store may have."""
+        return parse_size(self.store.config.host_limit)
+
+    def size(self, entry: Entry) -> int:
+        """Bytes of memory that all weights of a model take at most: blocks lie in whole pages."""
+        return entry.movable.nbytes + self.slack(entry)
+
+    def slack(self, entry: Entry) -> int:
+        """What `size` adds to the weights."""
+        return self.store.group_stats(entry.movable.group).blocks * 2 * _PAGE
+
     def room(self, entry: Entry) -> int:
         """Bytes that the store's limit allows a model, beside what others use right now."""
-        others = [each for each in self if each is not entry and each.movable.in_use]
-        limit = parse_size(self.store.config.host_limit)
-        return max(limit - sum(each.movable.host_bytes() for each in others), 0)
+        busy = [each for each in self if each is not entry and each.movable.in_use]
+        return max(self.limit - sum(map(self.size, busy)) - self.slack(entry), 0)
+
+    def spare(self) -> int:
+        """Bytes of the store that no model was given; below 0: they were given too many."""
+        given = [
+            min(each.room, each.movable.nbytes) + self.slack(each)
+            for each in self
+            if each.room is not None
+        ]
+        return self.limit - sum(given)
 
     def idle(self, entry: Entry) -> int:
         """Bytes of other models that give way to one by themselves."""
-        others = [each for each in self if each is not entry and not each.movable.in_use]
-        return sum(each.movable.host_bytes() for each in others if each.room is None)
+        others = [each for each in self if each is not entry and each.room is None]
+        return sum(each.movable.host_bytes() for each in others)
+
+    def rest(self, entry: Entry) -> list[Entry]:
+        """Have models that nobody uses give way to one; those that did not before."""
+        rested = []
+        for each in self:
+            if each is not entry and each.room is not None and not each.movable.in_use:
+                each.room = None
+                each.movable.offload("cpu")
+                rested.append(each)
+        return rested
 
     def use(self, model_id: str) -> Usage:
         """How a model is used."""

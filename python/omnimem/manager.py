@@ -230,6 +230,6 @@ class AdvancedMemoryManager:
 
     def __repr__(self) -> str:
         return (
-            f"<omnimem.AdvancedMemoryManager, budget {format_size(self._budget.nbytes)}, "
+            f"<omnimem.AdvancedMemoryManager, budget {format_size(self.offloader._models.limit)}, "
             f"{len(self.offloader._models)} models>"
         )

@@ -340,11 +340,21 @@ class AutomaticOffloader:
                 self._offload(entry, "disk", 30.0, decision.reason)
         if self._pressed:
             return
-        for decision in plan_restores(memory, models, self.config, now).values():
+        spare = max(self._models.spare(), 0)
+        for decision in plan_restores(memory, models, self.config, now, spare).values():
             entry = self._models.get(decision.model_id)
-            if decision and entry is not None:
-                with suppress(Error, OSError, MemoryError):  # told already, and counted
-                    self._restore(entry, decision, None, 30.0)
+            # What would only stream does so when it is called.
+            if decision.action == "restore" and entry is not None:
+                self._fetch(entry, decision)
+
+    def _fetch(self, entry: Entry, decision: OffloadDecision) -> None:
+        """Bring a model back ahead of its use, unless another one took the room meanwhile."""
+        entry.room = entry.movable.nbytes
+        if self._models.spare() < 0:
+            entry.room = None
+            return
+        with suppress(Error, OSError, MemoryError):  # told already, and counted
+            self._restore(entry, decision, None, 30.0)
 
     def _offload(self, entry: Entry, target: str, timeout: float, why: str) -> OffloadDecision:
         usage, now = self._memory().usage, time.monotonic()
