@@ -66,8 +66,7 @@ static void begin_one_locked(struct om_sweep *w, struct om_block *b)
 {
 	struct om_store *s = w->store;
 	uint64_t bytes = om_block_host_bytes(b);
-	enum om_reason former =
-		om_reason_enter(w->group ? OM_REASON_EXPLICIT : OM_REASON_PRESSURE);
+	enum om_reason former = om_reason_enter(w->group ? OM_REASON_EXPLICIT : OM_REASON_PRESSURE);
 
 	om_block_ref(b);
 	if (om_block_expendable(b))
