@@ -9,6 +9,7 @@ autograd still needs stay as they are until it does not.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import os
 import weakref
@@ -38,6 +39,7 @@ from omnimem._torch_parts import (
 from omnimem._torch_units import Units, materialize, repeats, restore, unset
 from omnimem._units import unit_names
 from omnimem.config import format_size, parse_size
+from omnimem.errors import ClosedError
 from omnimem.plan import make_plan
 from omnimem.store import Store
 
@@ -282,7 +284,8 @@ class ManagedModule(Uncopied):
             self.on_use(self)
 
     def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._units.end_pass(self._end)
+        with contextlib.suppress(ClosedError):  # of a store that is closed during the pass
+            self._units.end_pass(self._end)
 
     def _alone(self) -> None:
         """A unit is used outside any pass: that is a use of the model, too."""
