@@ -750,7 +750,7 @@ def test_a_failure_leaves_the_model_as_it_was(point: str, move: str, open_store:
         handle = None if move == "manage" else manage(model, store, "net")
         if move == "restore":
             handle.offload("disk")
-        _core._fault_arm(point, nth, False)
+        _core._fault_arm(point, nth, point in ("write", "nospc"))
         error = None
         try:
             if handle is None:
