@@ -318,10 +318,10 @@ static void release_unit_locked(struct om_stream *st, struct om_unit *u)
 	u->users = 0;
 	om_store_drain_locked(st->store);
 	om_store_changed_locked(st->store);
-	if (!st->lingers) {
-		forget_unit_locked(st, u);
-		expel_unit_locked(st, u);
-	}
+	if (st->lingers)
+		return; /* that made no room */
+	forget_unit_locked(st, u);
+	expel_unit_locked(st, u);
 	fetch_ahead_locked(st, true);
 	om_store_changed_locked(st->store);
 }

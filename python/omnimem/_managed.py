@@ -144,9 +144,9 @@ def swap_out(store: Store, group: str, names: list[str], timeout: float) -> None
         Some could not be written; they are still in memory.
     """
     store._swap_out(group, store.group_stats(group).host_bytes, timeout)
-    if store.group_stats(group).trouble:
-        for name in names:
-            store.evict(name, timeout)  # the first that cannot go says why
+    if store.group_stats(group).host_bytes:
+        for name in names:  # what is on its way in; the first that cannot be written says why
+            store.evict(name, timeout)
     store.trim()
     _trim_heap()
 
@@ -255,17 +255,21 @@ class ManagedMapping:
         """
         self._alive()
         check_target(target, ("cpu", "disk"))
-        before = dict(self._tensors)
         had = self.host_bytes()
+        # Tensors on blocks are let go: they would hold what is to leave.
+        shown = [key for key in self._tensors if self._is_given(key)]
+        before = {key: value for key, value in self._tensors.items() if key not in shown}
         taken: list[str] = []
         try:
             self._store.group(self.group, 0)
-            for key in before:
+            for key in list(self._tensors):
                 self._put_out(key, taken, timeout)
             if target == "disk":
                 swap_out(self._store, self.group, self._names(), timeout)
         except BaseException:
             self._tensors.update(before)
+            for key in shown:
+                self._put_in(key)
             for key in taken:
                 self._forget(key)
             raise
@@ -278,8 +282,7 @@ class ManagedMapping:
         if isinstance(value, MemoryBlock):
             return
         known = self._blocks.get(key)
-        given = self._given.get(key)
-        if known is None or given is None or given() is not value:
+        if known is None or not self._is_given(key):
             if known is not None:
                 self._forget(key)
             self._check(key, value)
@@ -290,6 +293,16 @@ class ManagedMapping:
             self._blocks[key] = known
             self._lost[key] = _reference(value)
         self._tensors[key] = known
+
+    def _is_given(self, key: str) -> bool:
+        """Is the value a tensor on its block's memory, and not another one of the caller's?"""
+        given = self._given.get(key, _nothing)()
+        return given is not None and given is self._tensors.get(key)
+
+    def _put_in(self, key: str) -> None:
+        value = self._makers[key](self._blocks[key])
+        self._given[key] = _reference(value)
+        self._tensors[key] = value
 
     def _held(self, target: str) -> tuple[tuple[str, int], ...]:
         """What was here before and is alive: the caller's own tensors, and views of blocks."""
@@ -317,11 +330,9 @@ class ManagedMapping:
         self._store.group(self.group, 0)
         try:
             self._store.prefetch(self._names()).wait(timeout)
-            for key, block in self._blocks.items():
+            for key in self._blocks:
                 if self._is_out(key):
-                    value = self._makers[key](block)
-                    self._given[key] = _reference(value)
-                    self._tensors[key] = value
+                    self._put_in(key)
         except BaseException:
             self._tensors.update(before)
             raise
@@ -344,9 +355,7 @@ class ManagedMapping:
             return
         fresh = {}
         for key, block in self._blocks.items():
-            if key in self._tensors and (
-                self._is_out(key) or self._given.get(key, _nothing)() is self._tensors[key]
-            ):
+            if self._is_out(key) or self._is_given(key):
                 fresh[key] = self._makers[key](_Copied(block))
         self._tensors.update(fresh)
         self.close()

@@ -35,9 +35,9 @@ from omnimem._torch_parts import (
     parts_of_files,
     parts_of_memory,
     refuse_unmovable,
+    units_of,
 )
 from omnimem._torch_units import Units, materialize, repeats, restore, unset
-from omnimem._units import unit_names
 from omnimem.config import format_size, parse_size
 from omnimem.errors import ClosedError
 from omnimem.plan import make_plan
@@ -204,7 +204,7 @@ class ManagedModule(Uncopied):
         self._units = units
         self._all = frozenset(range(len(units.units)))
         self._wish = _Wish(self._all)
-        self._repeats = repeats(model, params, unit_names(params))
+        self._repeats = repeats(model, params, units_of(model, params))
         self._guards = Guards(self.remedy, self._all_there)
         self._handles: list[Any] = []
         self._ended = False
@@ -216,6 +216,8 @@ class ManagedModule(Uncopied):
             if param.numel() and not param.is_meta
         ]
         """What the parameters' memory was before; somebody may still hold it."""
+        self._replaced: set[int] = set()
+        """Parameters that show what was read, while the model is being taken over."""
         self._start(resident)
 
     def _start(self, resident: bool) -> None:
@@ -236,10 +238,11 @@ class ManagedModule(Uncopied):
                 for param in self._params.values():
                     if id(param) in former:
                         restore(param, former[id(param)])
-                    elif param.untyped_storage().nbytes() > param.element_size():
+                    elif id(param) in self._replaced:
                         param.data = param.data.clone()
             self._units.end()
             raise
+        self._replaced.clear()
         self._model.omnimem = self  # type: ignore[assignment]
         _managed.add(self)
 
@@ -259,7 +262,8 @@ class ManagedModule(Uncopied):
                 part.memory = None
                 if part.run is not None:
                     for place in part.places:
-                        former.pop(id(place.param), None)
+                        self._replaced.add(id(place.param))
+                        del former[id(place.param)]
 
     # -- hooks
 

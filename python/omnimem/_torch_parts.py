@@ -90,13 +90,25 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
+def units_of(model: nn.Module, params: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Give each parameter the name of the module that is called for it."""
+    return {name: _called(model, unit) for name, unit in unit_names(params).items()}
+
+
+def _called(model: nn.Module, name: str) -> str:
+    """A list of parameters is never called: whoever has it is."""
+    while name and type(model.get_submodule(name)).forward is nn.Module.forward:
+        name = name.rpartition(".")[0]
+    return name
+
+
 def parts_of_memory(model: nn.Module, params: dict[str, nn.Parameter]) -> list[UnitParts]:
     """The units of a module whose bytes are in its own memory."""
     spans: dict[int, list[tuple[int, int, str]]] = {}
     for name, param in params.items():
         if param.numel():
             spans.setdefault(param.untyped_storage().data_ptr(), []).append((*extent(param), name))
-    names = unit_names(params)
+    names = units_of(model, params)
     units = {unit: UnitParts(unit) for unit in execution_order(names.values(), config_of(model))}
     made = [_join(params, group) for _, shared in spans.items() for group in _overlapping(shared)]
     places = {name: at for at, name in enumerate(params)}
@@ -135,7 +147,7 @@ def parts_of_files(
     model: nn.Module, params: dict[str, nn.Parameter], files: checkpoint.Checkpoint
 ) -> list[UnitParts]:
     """The units of a module whose bytes are in a checkpoint."""
-    names = unit_names(params)
+    names = units_of(model, params)
     tensors: dict[str, list[Tensor]] = {
         unit: [] for unit in execution_order(names.values(), config_of(model))
     }
