@@ -12,9 +12,12 @@
 #include "omnimem.h"
 
 #define OM_GUARD_CEILING 0.90
+/* By default at least so much is left for everybody else, if that is no more than a quarter: what a process
+ * takes at once, between two looks, does not shrink with its cgroup. */
+#define OM_GUARD_LEFT (UINT64_C(64) * OM_MIB)
 
 struct om_guard {             /* of a store, under its lock */
-	double ceiling;       /* 0: OM_GUARD_CEILING */
+	double ceiling;       /* 0: OM_GUARD_CEILING, and OM_GUARD_LEFT */
 	enum om_level level;  /* from OM_MEDIUM on nothing is fetched on a guess */
 	uint64_t stuck_until; /* a write failed: until then nobody has to make way by one */
 };

@@ -1,7 +1,7 @@
 /*
  * om_store_int: the store's inside, shared by om_store.c (life, groups, waiting), om_lease.c, om_add.c,
- * om_swap.c (giving memory back), om_pack.c (encoded forms), om_put.c, om_get.c, om_shed.c (caches),
- * om_traffic.c (counters and events),
+ * om_swap.c, om_press.c, om_sweep.c (giving memory back), om_guard.c (before more is mapped), om_usage.c,
+ * om_pack.c (encoded forms), om_put.c, om_get.c, om_shed.c (caches), om_traffic.c (counters and events),
  * om_room.c (making room), om_spill.c, om_fetch.c (fills, waiting, the work owed), om_mover.c (the thread that owns
  * the ring), om_work.c (pages ahead of reads), om_ticket.c, om_stream.c, om_inspect.c. `_locked`: the
  * store lock is held.

@@ -83,12 +83,12 @@ static void expect(struct om_store *s, int i)
 	om_lease_unref(l);
 }
 
-/* 100 MiB, 70 in use, the ceiling at 90: 20 blocks of a MiB stay, the rest of 40 is written. */
+/* 1000 MiB, 880 in use, the ceiling at 900: 20 blocks of a MiB stay, the rest of 40 is written. */
 static void idle_blocks_give_way(void)
 {
 	struct om_store *s;
 
-	machine(100, 70, true);
+	machine(1000, 880, true);
 	s = open_store(64 * MIB, 128 * MIB);
 	for (int i = 0; i < 40; i++)
 		add(s, i);
@@ -101,13 +101,27 @@ static void idle_blocks_give_way(void)
 	om_store_unref(s);
 }
 
+/* A small one leaves more than a tenth to others: 64 MiB of 256, here. */
+static void a_small_machine(void)
+{
+	struct om_store *s;
+
+	machine(256, 172, true);
+	s = open_store(64 * MIB, 128 * MIB);
+	for (int i = 0; i < 40; i++)
+		add(s, i);
+	CHECK(stats(s).host.mapped_bytes <= 20 * MIB);
+	CHECK(stats(s).host.mapped_bytes >= 16 * MIB);
+	om_store_unref(s);
+}
+
 /* What is leased may grow as ever: nobody can give way. And a full disk is no reason to fail. */
 static void the_ceiling_is_soft(void)
 {
 	struct om_store *s;
 	struct om_lease *leases[40];
 
-	machine(100, 85, true);
+	machine(1000, 895, true);
 	s = open_store(64 * MIB, 128 * MIB);
 	for (int i = 0; i < 40; i++) {
 		add(s, i);
@@ -119,14 +133,14 @@ static void the_ceiling_is_soft(void)
 		om_lease_unref(leases[i]);
 	om_store_unref(s);
 
-	machine(100, 85, true);
+	machine(1000, 895, true);
 	s = open_store(64 * MIB, 0); /* there is no room to write to */
 	for (int i = 0; i < 40; i++)
 		add(s, i);
 	CHECK(stats(s).host.used_bytes >= 40 * MIB);
 	om_store_unref(s);
 
-	machine(100, 85, true);
+	machine(1000, 895, true);
 	s = open_store(64 * MIB, 128 * MIB);
 	om_fault_arm(OM_FAULT_WRITE, 1, true);
 	for (int i = 0; i < 40; i++)
@@ -144,7 +158,7 @@ static void cached_segments_go_first(void)
 {
 	struct om_store *s;
 
-	machine(100, 70, true);
+	machine(1000, 880, true);
 	s = open_store(64 * MIB, 128 * MIB);
 	for (int i = 0; i < 16; i++)
 		add(s, i);
@@ -203,7 +217,7 @@ static void taken_memory(void)
 	struct om_store *s;
 	bool released = false;
 
-	machine(100, 89, true);
+	machine(1000, 899, true);
 	s = open_store(64 * MIB, 128 * MIB);
 	add(s, 0);
 	CHECK_EQ(om_store_take(s, "taken", NULL, data, 4 * BYTES, NULL, release, &released, SOON),
@@ -239,7 +253,7 @@ static void threads_together(void)
 	pthread_t threads[4];
 	struct om_store *s;
 
-	machine(100, 70, true);
+	machine(1000, 880, true);
 	s = open_store(64 * MIB, 128 * MIB);
 	for (int i = 0; i < 60; i++)
 		add(s, i);
@@ -288,13 +302,13 @@ static void pressing(void)
 	CHECK_EQ(om_store_press(s, OM_LOW, -0.5, 0, SOON, &p), OM_EVALUE);
 	om_store_unref(s);
 
-	machine(100, 50, true); /* another ceiling: 20 MiB are left to 70 % */
+	machine(1000, 680, true); /* another ceiling: 20 MiB are left to 70 % */
 	s = open_store(64 * MIB, 128 * MIB);
 	CHECK_EQ(om_store_press(s, OM_LOW, 0.7, 0, SOON, &p), 0);
 	for (int i = 0; i < 40; i++)
 		add(s, i);
 	CHECK(stats(s).host.mapped_bytes <= 20 * MIB);
-	CHECK_EQ(om_store_press(s, OM_LOW, 0, 0, SOON, &p), 0); /* the default: 40 MiB */
+	CHECK_EQ(om_store_press(s, OM_LOW, 0, 0, SOON, &p), 0); /* the default */
 	for (int i = 0; i < 40; i++)
 		expect(s, i);
 	CHECK(stats(s).host.mapped_bytes > 30 * MIB);
@@ -342,6 +356,7 @@ int main(void)
 	snprintf(path, sizeof(path), "%s/proc", root);
 	CHECK_EQ(mkdir(path, 0700), 0);
 	idle_blocks_give_way();
+	a_small_machine();
 	the_ceiling_is_soft();
 	cached_segments_go_first();
 	readings_are_few();
