@@ -733,17 +733,17 @@ struct om_gpu {
 enum om_strain { OM_STRAIN_HIGH, OM_STRAIN_MAX, OM_STRAIN_OOM, OM_STRAIN_OOM_KILL, OM_STRAINS };
 struct om_sample {
 	uint64_t at_ns; /* om_now() */
-	struct om_place
-		places[OM_PLACES]; /* the system, and every cgroup with a limit, ours first */
+	/* The system, and every cgroup with a limit, ours first. */
 	unsigned place_count;
+	struct om_place places[OM_PLACES];
 	uint64_t swap_total_bytes, swap_free_bytes;
 	uint64_t rss_bytes;
 	/* Some thread, all threads waited for memory so long, ever: of our cgroup, else of the machine. */
 	uint64_t stall_some_us, stall_full_us;
 	uint64_t strains[OM_STRAINS];
-	struct om_gpu
-		gpus[OM_GPUS]; /* that this process may use; one cut into MIG devices is left out */
+	/* Those that this process may use; one cut into MIG devices is left out. */
 	unsigned gpu_count;
+	struct om_gpu gpus[OM_GPUS];
 };
 
 /* A level of pressure from shares in use, and its trend. A level is entered at once when the share
@@ -822,7 +822,8 @@ struct om_report {
 	/* Of the bytes in use at the tightest place, by the line through the last 30 s. */
 	unsigned samples;
 	double slope, r2; /* bytes a second; NaN with fewer than 8 samples */
-	double seconds_left; /* NaN unless it rises, r2 >= 0.5, and it has risen for the last 5 s, too */
+	double seconds_left; /* NaN unless it rises, has risen for the last 5 s too, r2 >= 0.5, and the line is a
+	                      * quarter as long at least */
 	enum om_course course; /* a thousandth of all in a second is nothing */
 	uint64_t interval_ns;  /* to the next sample */
 	uint64_t lag_ns;       /* it came so late */

@@ -14,6 +14,7 @@
 #define TREND_LEAST    8u
 #define TREND_TRUST    0.5
 #define TREND_TURNS    3u
+#define TREND_REACH    4       /* a line says nothing about what is so many times its length away */
 #define DEAD_SHARE     0.001   /* of all, a second */
 #define STALL_NS       OM_NSEC /* shares of time are taken over that, at least */
 #define STALL_LEAST_NS (OM_NSEC / 10)
@@ -104,6 +105,7 @@ static void read_trend(struct om_assessor *a, struct om_report *r, const struct 
 {
 	double dead = DEAD_SHARE * (double)p->limit_bytes;
 	uint64_t now = r->sample.at_ns;
+	double left = NAN;
 	struct om_fit fit;
 
 	if (!a->trend_ns || now - a->trend_ns >= TREND_APART_NS) {
@@ -124,7 +126,8 @@ static void read_trend(struct om_assessor *a, struct om_report *r, const struct 
 		r->course = OM_OSCILLATING;
 	if (fit.r2 >= TREND_TRUST && fit.slope > 0 &&
 	    !(om_trend_fit(&a->trend, LATELY_NS).slope <= dead))
-		r->seconds_left = (double)p->available_bytes / fit.slope;
+		left = (double)p->available_bytes / fit.slope;
+	r->seconds_left = left <= TREND_REACH * fit.seconds ? left : NAN;
 }
 
 static uint64_t next_interval(struct om_assessor *a, uint64_t now, const struct om_place *p)

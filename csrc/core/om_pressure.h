@@ -28,11 +28,12 @@ struct om_pressure_rules {
 	double margin;
 	bool confirm;
 	uint64_t dwell_ns;
-	double some[3],
-		full[3];   /* shares of time stalled from which a level is asked for; 0: off */
+	/* Shares of time that some thread, that all threads waited, from which a level is asked for; 0: off. */
+	double some[3], full[3];
 	double seconds[3]; /* until nothing is left, below which it is asked for; 0: off */
-	bool events;       /* limits that were met ask for CRITICAL, from the first threshold on: */
-			   /* below it, it was page cache that met them, and made way */
+	/* Limits that were met ask for CRITICAL, from the first threshold on: below it, it was page cache that
+	 * met them, and made way. */
+	bool events;
 };
 
 struct om_reading {
@@ -56,11 +57,10 @@ struct om_pressure_state {
 	struct om_pressure_rules rules;
 	enum om_level level;
 	enum om_level asked; /* by the last reading */
-	enum om_cause
-		cause;    /* of what the last reading held the level by; NONE: by the dwell alone */
-	uint64_t held_ns; /* the last time that a reading held the level */
-	uint64_t fell_ns; /* the last move down */
-	bool fallen;      /* there was one */
+	enum om_cause cause; /* by which the last reading held the level; NONE: the dwell alone */
+	uint64_t held_ns;    /* the last time that a reading held the level */
+	uint64_t fell_ns;    /* the last move down */
+	bool fallen;         /* there was one */
 };
 
 /* OM_EVALUE, and nothing changes, unless 0 < first < second < third <= 1. */

@@ -51,8 +51,6 @@ static void add(struct om_pressed *sum, const struct om_pressed *p)
 /* What nobody uses goes; ret->left_bytes, and of each store left[i]: what could go. */
 static void trim(struct om_monitor *m, uint64_t deadline_ns, uint64_t *left, struct om_pressed *ret)
 {
-	double ceiling = m->config.thresholds[OM_CRITICAL - 1];
-
 	for (size_t i = 0; i < m->watched_count; i++) {
 		struct om_watched *w = &m->watched[i];
 		struct om_pressed p = { 0 };
@@ -61,7 +59,7 @@ static void trim(struct om_monitor *m, uint64_t deadline_ns, uint64_t *left, str
 		if (w->bank && !om_bank_trim(w->bank, &bytes))
 			p.trimmed_bytes = bytes;
 		else if (w->store)
-			om_store_press(w->store, m->next.ram_level, ceiling, 0, deadline_ns, &p);
+			om_store_press(w->store, m->next.ram_level, 0, 0, deadline_ns, &p);
 		left[i] = p.left_bytes;
 		add(ret, &p);
 	}
@@ -71,7 +69,6 @@ static void trim(struct om_monitor *m, uint64_t deadline_ns, uint64_t *left, str
 static void evict(struct om_monitor *m, uint64_t deadline_ns, uint64_t want, const uint64_t *left,
                   uint64_t all, struct om_pressed *ret)
 {
-	double ceiling = m->config.thresholds[OM_CRITICAL - 1];
 	double part = want < all ? (double)want / (double)all : 1;
 
 	for (size_t i = 0; i < m->watched_count; i++) {
@@ -79,7 +76,7 @@ static void evict(struct om_monitor *m, uint64_t deadline_ns, uint64_t want, con
 
 		if (!left[i])
 			continue;
-		om_store_press(m->watched[i].store, m->next.ram_level, ceiling,
+		om_store_press(m->watched[i].store, m->next.ram_level, 0,
 		               (uint64_t)((double)left[i] * part), deadline_ns, &p);
 		add(ret, &p);
 	}
@@ -152,12 +149,16 @@ static void record_eviction(struct om_monitor *m, uint64_t want, const struct om
 static void press(struct om_monitor *m)
 {
 	uint64_t deadline = om_deadline(STEP_NS), want = falling(m) ? 0 : wanted(m);
-	uint64_t *left = om_alloc(m->watched_count, sizeof(*left));
+	uint64_t now = m->next.sample.at_ns, *left;
 	struct om_pressed trimmed = { 0 }, evicted = { 0 };
 
+	if (!want && m->pressed && now - m->press_ns < m->config.interval_ns)
+		return; /* what is free for a moment is taken again: no need to look so often */
+	left = om_alloc(m->watched_count, sizeof(*left));
 	if (!left)
 		return; /* with the next sample, then */
 	m->pressed = true;
+	m->press_ns = now;
 	trim(m, deadline, left, &trimmed);
 	if (trimmed.trimmed_bytes)
 		record(m, OM_ACT_TRIM, 0, trimmed.trimmed_bytes,

@@ -131,6 +131,15 @@ static void dwelt(void)
 	CHECK_EQ(hold(&p, &now, 0.90, 1), OM_HIGH);
 	CHECK_EQ(hold(&p, &now, 0.50, 10), OM_MEDIUM);
 	CHECK_EQ(hold(&p, &now, 0.99, 1), OM_CRITICAL); /* but that is never late */
+	/* Just fallen to MEDIUM, it is asked for HIGH by a condition that MEDIUM has not: it waits there. */
+	CHECK_EQ(hold(&p, &now, 0.50, 21), OM_MEDIUM);
+	for (int i = 0; i < 12; i++, now += SECOND) {
+		struct om_reading x = quiet(now, 0.50);
+
+		x.full = 0.2;
+		CHECK(om_pressure_step(&p, &x) >= OM_MEDIUM);
+	}
+	CHECK_EQ(p.level, OM_HIGH);
 }
 
 static void stalled(void)
