@@ -261,7 +261,8 @@ struct om_tier_stats {
 };
 struct om_stats {
 	struct om_tier_stats host, disk;
-	uint64_t packed_bytes;   /* of host.used_bytes, those of encoded forms */
+	uint64_t packed_bytes; /* of host.used_bytes, those of encoded forms */
+	uint64_t packed_peak_bytes;
 	uint64_t idle_bytes;     /* of host.used_bytes, those that may go now */
 	uint64_t exported_bytes; /* of blocks with a live view (buffer, DLPack) */
 	uint64_t blocks, leases;
@@ -838,6 +839,9 @@ int om_monitor_report(struct om_monitor *m, struct om_report *ret);
  * error is set) at the deadline. */
 int om_monitor_wait(struct om_monitor *m, int64_t since, enum om_level level, uint64_t deadline_ns,
                     uint64_t *ret_number);
+/* As om_monitor_wait for any level, as long as its thread runs; OM_ECANCELED (no error is set): it does not. */
+int om_monitor_follow(struct om_monitor *m, int64_t since, uint64_t deadline_ns,
+                      uint64_t *ret_number);
 /* Bytes in use at the tightest place: of each of the last 600 seconds (`seconds` 1), 720 times 10 s or 1440 minutes
  * in which there was a sample, as one om_alloc'ed array, the oldest first. OM_EVALUE: other `seconds`. */
 struct om_span {

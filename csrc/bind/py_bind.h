@@ -182,7 +182,7 @@ PyObject *py_store_ranked(PyObject *, PyObject *);
 PyObject *py_store_events(PyObject *, PyObject *);
 PyObject *py_same_bytes(PyObject *, PyObject *);
 
-/* A list; takes over the names (py_store.c). Groups, marks and totals (py_meter.c). */
+/* A list; takes over the names. Groups, marks and totals (py_meter.c). */
 PyObject *py_names_list(char **names, size_t count);
 PyObject *py_store_groups(PyObject *, PyObject *);
 PyObject *py_store_mark(PyObject *, PyObject *);

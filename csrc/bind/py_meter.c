@@ -5,6 +5,8 @@
  */
 #include "bind/py_bind.h"
 
+#include <string.h>
+
 static const char mark_name[] = "omnimem mark";
 
 static void mark_drop(PyObject *capsule)
@@ -55,6 +57,20 @@ PyObject *py_mark_end(PyObject *Py_UNUSED(module), PyObject *capsule)
 
 /* ---- totals ---- */
 
+PyObject *py_names_list(char **names, size_t count)
+{
+	PyObject *list = PyList_New((Py_ssize_t)count);
+
+	for (size_t i = 0; list && i < count; i++) {
+		PyObject *name = PyUnicode_FromString(names[i]);
+
+		if (!name || PyList_SetItem(list, (Py_ssize_t)i, name))
+			Py_CLEAR(list);
+	}
+	om_names_free(names, count);
+	return list;
+}
+
 PyObject *py_store_groups(PyObject *self, PyObject *Py_UNUSED(unused))
 {
 	struct py_core *core = py_store_core(self);
@@ -91,20 +107,13 @@ static PyObject *counters_list(const uint64_t *values, size_t count)
 
 #define COUNTERS(values) counters_list((values), sizeof(values) / sizeof((values)[0]))
 
-/* [number, seconds in all, number of each step ...] */
+/* [number, ns in all, number of each step ...] */
 static PyObject *histogram_list(const struct om_histogram *h)
 {
-	PyObject *list = COUNTERS(h->counts), *count, *sum;
+	uint64_t values[2 + OM_HISTOGRAM_STEPS] = { h->count, h->sum_ns };
 
-	if (!list)
-		return NULL;
-	count = PyLong_FromUnsignedLongLong(h->count);
-	sum = PyFloat_FromDouble((double)h->sum_ns / 1e9);
-	if (!count || !sum || PyList_Insert(list, 0, sum) || PyList_Insert(list, 0, count))
-		Py_CLEAR(list);
-	Py_XDECREF(count);
-	Py_XDECREF(sum);
-	return list;
+	memcpy(values + 2, h->counts, sizeof(h->counts));
+	return COUNTERS(values);
 }
 
 static PyObject *totals_dict(const struct om_totals *t)
@@ -120,7 +129,9 @@ static PyObject *totals_dict(const struct om_totals *t)
 		{ "fills", t->fills },
 		{ "read_bytes", t->read_bytes },
 		{ "written_bytes", t->written_bytes },
+		{ "stall_ns", t->stall_ns },
 		{ "decoded_bytes", t->decoded_bytes },
+		{ "decode_ns", t->decode_ns },
 		{ "verified_bytes", t->verified_bytes },
 		{ "corrupt", t->corrupt },
 		{ "rereads", t->rereads },
@@ -139,8 +150,6 @@ static PyObject *totals_dict(const struct om_totals *t)
 	    put(dict, "gone_bytes", COUNTERS(t->gone_bytes)) ||
 	    put(dict, "read_failures", COUNTERS(t->failures[0])) ||
 	    put(dict, "write_failures", COUNTERS(t->failures[1])) ||
-	    put(dict, "stall_seconds", PyFloat_FromDouble((double)t->stall_ns / 1e9)) ||
-	    put(dict, "decode_seconds", PyFloat_FromDouble((double)t->decode_ns / 1e9)) ||
 	    put(dict, "read_wait", histogram_list(&t->read)) ||
 	    put(dict, "write_wait", histogram_list(&t->write)) ||
 	    put(dict, "in", histogram_list(&t->in)) || put(dict, "out", histogram_list(&t->out)) ||

@@ -350,6 +350,26 @@ static PyObject *monitor_wait(PyObject *self, PyObject *const *args, Py_ssize_t 
 	return code ? PyLong_FromLong(-1) : PyLong_FromUnsignedLongLong(w.number);
 }
 
+static int call_follow(void *arg, uint64_t deadline_ns)
+{
+	struct waiting *w = arg;
+
+	return om_monitor_follow(w->m, w->since, deadline_ns, &w->number);
+}
+
+static PyObject *monitor_follow(PyObject *self, PyObject *since)
+{
+	struct waiting w = { .m = monitor_of(self), .since = PyLong_AsLongLong(since) };
+	int code;
+
+	if (!w.m || PyErr_Occurred())
+		return NULL;
+	code = py_wait(call_follow, &w, UINT64_MAX);
+	if (code == PY_RAISED)
+		return NULL;
+	return code ? PyLong_FromLong(-1) : PyLong_FromUnsignedLongLong(w.number);
+}
+
 static PyObject *make_span(const void *spans, size_t i)
 {
 	const struct om_span *s = (const struct om_span *)spans + i;
@@ -430,6 +450,9 @@ static PyMethodDef methods[] = {
 	  "sample($self, /)\n--\n\nTake a sample now, and act on it." },
 	{ "report", monitor_report, METH_NOARGS,
 	  "report($self, /)\n--\n\nThe last sample; takes one if there was none." },
+	{ "follow", monitor_follow, METH_O,
+	  "follow($self, since, /)\n--\n\nThe number of the last sample, once it is above `since`; -1 "
+	  "when its thread does not run." },
 	{ "wait", PY_FAST(monitor_wait), PY_FAST_FLAGS,
 	  "wait($self, /, since, level=None, timeout=None)\n--\n\nThe number of the last sample, once it is "
 	  "above since and its level at least that; -1 at the timeout or when closed." },

@@ -312,20 +312,6 @@ static int store_contains(PyObject *self, PyObject *name)
 	return om_store_contains(core->s, text);
 }
 
-PyObject *py_names_list(char **names, size_t count)
-{
-	PyObject *list = PyList_New((Py_ssize_t)count);
-
-	for (size_t i = 0; list && i < count; i++) {
-		PyObject *name = PyUnicode_FromString(names[i]);
-
-		if (!name || PyList_SetItem(list, (Py_ssize_t)i, name))
-			Py_CLEAR(list);
-	}
-	om_names_free(names, count);
-	return list;
-}
-
 static PyObject *store_names(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
                              PyObject *kwnames)
 {
@@ -427,6 +413,7 @@ static PyObject *stats_dict(const struct om_stats *s)
 	} counters[] = {
 		{ "exported_bytes", s->exported_bytes },
 		{ "packed_bytes", s->packed_bytes },
+		{ "packed_peak_bytes", s->packed_peak_bytes },
 		{ "idle_bytes", s->idle_bytes },
 		{ "blocks", s->blocks },
 		{ "leases", s->leases },

@@ -128,6 +128,7 @@ int om_store_stats(struct om_store *s, struct om_stats *ret)
 		ret->packed_bytes += g->packed_bytes;
 		ret->idle_bytes += g->idle_bytes;
 	}
+	ret->packed_peak_bytes = peaks.packed_bytes;
 	ret->disk = (struct om_tier_stats){ s->disk.used_bytes, peaks.disk_bytes,
 		                            s->disk.limit_bytes,
 		                            s->disk.arena ? om_arena_size(s->disk.arena) : 0 };

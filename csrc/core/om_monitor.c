@@ -433,14 +433,18 @@ void om_monitor_free(struct om_monitor *m)
 
 /* ---- what it tells ---- */
 
-int om_monitor_wait(struct om_monitor *m, int64_t since, enum om_level level, uint64_t deadline_ns,
-                    uint64_t *ret_number)
+static int wait_told(struct om_monitor *m, int64_t since, enum om_level level, bool running,
+                     uint64_t deadline_ns, uint64_t *ret_number)
 {
 	int code = enter_told(m);
 
 	if (code)
 		return code;
 	while (!m->closed) {
+		if (running && (!m->started || m->stopping)) {
+			om_mutex_unlock(&m->lock);
+			return OM_ECANCELED;
+		}
 		*ret_number = m->report.number;
 		if (*ret_number && (int64_t)*ret_number > since && m->report.level >= level)
 			break;
@@ -452,6 +456,18 @@ int om_monitor_wait(struct om_monitor *m, int64_t since, enum om_level level, ui
 	code = m->closed ? om_err(OM_ECLOSED, "the monitor is closed") : 0;
 	om_mutex_unlock(&m->lock);
 	return code;
+}
+
+int om_monitor_wait(struct om_monitor *m, int64_t since, enum om_level level, uint64_t deadline_ns,
+                    uint64_t *ret_number)
+{
+	return wait_told(m, since, level, false, deadline_ns, ret_number);
+}
+
+int om_monitor_follow(struct om_monitor *m, int64_t since, uint64_t deadline_ns,
+                      uint64_t *ret_number)
+{
+	return wait_told(m, since, OM_LOW, true, deadline_ns, ret_number);
 }
 
 int om_monitor_history(struct om_monitor *m, unsigned seconds, struct om_span **ret,

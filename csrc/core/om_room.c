@@ -245,8 +245,10 @@ int om_room_step_locked(struct om_store *s, struct om_group *g, uint64_t bytes, 
 
 		if (!own && om_pool_fits(&s->pool, bytes)) {
 			uint64_t above = how & OM_ROOM_MAPPED ? 0 : om_guard_short_locked(s, bytes);
+			enum om_reason former = om_reason_enter(OM_REASON_PRESSURE);
 			int code = above ? yield_locked(s, above, how, keep, keep_count) : 0;
 
+			om_reason_leave(former);
 			if (code != OM_ROOM_STEP)
 				return code;
 			continue;

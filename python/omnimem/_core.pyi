@@ -512,6 +512,9 @@ class Monitor:
     def report(self) -> dict[str, Any]:
         """The last sample; takes one if there was none."""
 
+    def follow(self, since: int, /) -> int:
+        """The number of the last sample, once it is above `since`; -1: its thread is stopped."""
+
     def wait(self, since: int, level: int | None = None, timeout: float | None = None) -> int:
         """The number of the last sample, once it is above `since` and its level at least `level`.
 

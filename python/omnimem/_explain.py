@@ -6,6 +6,7 @@ import io
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 _GROUPS, _BLOCKS, _ACTIONS = 8, 5, 5
 """How many of each are shown."""
+_ACTS = {
+    "trim": "giving unused memory back",
+    "evict": "evicting idle blocks",
+    "heap": "giving the C library's unused memory back",
+    "relax": "telling that memory is not short any more",
+    "none": "none, as nothing idle was left",
+}
 _Row = tuple[str, str, str]
 
 
@@ -85,14 +93,11 @@ def _sentence(
         return f"{state}; nothing was done."
     _, when, kind, _, cause, wanted, freed, *_ = actions[-1]
     ago = max(0.0, time.monotonic() - when)
+    came = f": {format_size(freed)} of {format_size(wanted)} wanted came free"
     return (
-        f"{state}; the last action, {ago:.0f} s ago, was {_named(kind)}: {format_size(freed)} of "
-        f"{format_size(wanted)} wanted came free{', since ' + cause if cause else ''}."
+        f"{state}; the last action, {ago:.0f} s ago, was {_ACTS[kind]}{came if wanted else ''}"
+        f"{', since ' + cause if cause else ''}."
     )
-
-
-def _named(kind: object) -> str:
-    return str(kind).lower()
 
 
 def _places(report: dict[str, Any]) -> Iterator[_Row]:
@@ -134,10 +139,8 @@ def _holders(report: dict[str, Any], stats: MemoryStats) -> Iterator[_Row]:
 
 def _groups(store: Store | None) -> Iterator[_Row]:
     groups: list[tuple[str, GroupStats]] = []
-    try:
+    with suppress(ClosedError):
         groups = [] if store is None else [(g, store.group_stats(g)) for g in store.groups()]
-    except ClosedError:
-        pass
     groups.sort(key=lambda group: -group[1].host_bytes)
     for name, group in groups[:_GROUPS]:
         limit = format_size(group.limit_bytes) if group.limit_bytes else "the store's limit"
@@ -174,7 +177,7 @@ def _done(actions: Sequence[tuple[Any, ...]]) -> Iterator[_Row]:
     for _, when, kind, level, cause, wanted, freed, *_ in reversed(actions[-_ACTIONS:]):
         name = LEVELS[level].value if isinstance(level, int) else level
         yield (
-            f"{max(0.0, now - when):.0f} s ago: {_named(kind)}",
+            f"{max(0.0, now - when):.0f} s ago: {_ACTS[kind]}",
             format_size(freed),
             f"{format_size(wanted)} wanted, pressure {name}: {cause}",
         )

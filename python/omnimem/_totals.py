@@ -1,4 +1,8 @@
-"""Counters of stores, added up: for `omnimem.track` and `omnimem.metrics`."""
+"""Counters of stores, added up: for `omnimem.track` and `omnimem.metrics`.
+
+All of them are whole numbers, times in ns: sums of seconds would depend on their order, and a
+counter that falls by a rounding looks as if it had begun anew.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ def totals(stores: Iterable[Store] | None = None) -> dict[str, Any]:
     """Counters of stores; None: of all that this process ever had, so that none ever falls."""
     closed, total = _core._totals_closed()
     if stores is not None:
-        empty = {k: [0] * len(v) if isinstance(v, list) else type(v)() for k, v in total.items()}
+        empty = {k: [0] * len(v) if isinstance(v, list) else 0 for k, v in total.items()}
         for store in stores:
             _add(empty, store._totals()[0])
         return empty

@@ -181,9 +181,11 @@ class AlertSystem:
         found = [
             handle for handle in list(self._alerts) if handle is alert or handle.callback == alert
         ]
+        removed = False
         for handle in found:
+            removed |= self._alerts.pop(handle, handle) is None
             handle._pending.clear()
-        return any([self._alerts.pop(handle, handle) is None for handle in found])
+        return removed
 
     @property
     def active(self) -> list[AlertHandle]:

@@ -27,7 +27,7 @@ __all__ = ["Collector", "as_dict", "as_text"]
 Labels = dict[str, str]
 Samples = dict[str, list[tuple[Labels, float]]]
 
-_BOUNDS = [f"{8e-6 * 4**step:g}" for step in range(15)]
+_BOUNDS = [repr(float(f"{8 * 4**step}e-6")) for step in range(15)]
 """Upper bounds of the core's histograms, in seconds; the last step has none."""
 _REASONS = ("capacity", "pressure", "explicit")
 _FAILURES = ("enospc", "eio", "short", "other")
@@ -42,7 +42,7 @@ class _Family:
     """"gauge", "counter" or "histogram"."""
     help: str
     values: list[tuple[Labels, Any]] = field(default_factory=list)
-    """Numbers; of a histogram [count, sum, count of each step ...]."""
+    """Numbers; of a histogram [count, sum in ns, count of each step ...]."""
 
     def samples(self) -> Iterator[tuple[str, Labels, float]]:
         """Each number with its name."""
@@ -54,7 +54,7 @@ class _Family:
             for bound, count in zip([*_BOUNDS, "+Inf"], value[2:], strict=True):
                 so_far += count
                 yield f"{self.name}_bucket", {**labels, "le": bound}, so_far
-            yield f"{self.name}_sum", labels, value[1]
+            yield f"{self.name}_sum", labels, value[1] / 1e9
             yield f"{self.name}_count", labels, value[0]
 
 
@@ -223,6 +223,12 @@ def _of_stores(stores: Iterable[Store]) -> Iterator[_Family]:
         [(host, summed("host", "peak_bytes")), (disk, summed("disk", "peak_bytes"))],
     )
     yield _Family(
+        "omnimem_tier_locked_bytes",
+        "gauge",
+        "Bytes that cannot be evicted now: leased, pinned, seen by somebody, or on their way.",
+        [(host, sum(each.host.used_bytes - each.idle_bytes for each in stats))],
+    )
+    yield _Family(
         "omnimem_tier_exported_bytes",
         "gauge",
         "Bytes of blocks that a consumer can see, which cannot move.",
@@ -304,7 +310,7 @@ def _of_totals(t: Mapping[str, Any]) -> Iterator[_Family]:
         "Per request, from its issue to its end.",
         [({"op": "read"}, t["read_wait"]), ({"op": "write"}, t["write_wait"])],
     )
-    yield counter("stall_seconds", "Threads waited.", [({"cause": "bytes"}, t["stall_seconds"])])
+    yield counter("stall_seconds", "Threads waited.", [({"cause": "bytes"}, t["stall_ns"] / 1e9)])
     yield counter(
         "errors",
         "What failed for good.",
@@ -338,7 +344,7 @@ def _of_totals(t: Mapping[str, Any]) -> Iterator[_Family]:
     yield counter(
         "codec_seconds",
         "Time that blocks took to decode, summed over blocks.",
-        [({"op": "decode"}, t["decode_seconds"])],
+        [({"op": "decode"}, t["decode_ns"] / 1e9)],
     )
 
 

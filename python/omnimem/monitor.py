@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -79,8 +80,8 @@ class MemoryStats:
     pool_stats: Mapping[str, PoolStats] = field(default_factory=dict)
     """By device, of the pools that the monitor was given."""
     cache_stats: Mapping[str, Any] = field(default_factory=dict)
-    """Of the cache that the monitor was given, as its `get_stats` has them. Records made while
-    monitoring runs leave `access_counts` and `item_count` out, which cost more with more entries."""
+    """Of the cache that the monitor was given, as its `get_stats` has them. Those in `history` are
+    without `access_counts` and `item_count`, which cost more with more entries."""
     timestamp: float = field(default_factory=time.time)
     """Seconds since the epoch."""
     stage: str | None = None
@@ -147,8 +148,8 @@ class MemoryMonitor:
     Notes
     -----
     A context manager that starts and stops monitoring, and closes. Any method may be called from
-    any thread. Asking needs no `start_monitoring`: each question then takes a sample. After a fork
-    the child's questions raise `ClosedError`. One that is dropped, or left at exit, stops by itself.
+    any thread. Asking needs no `start_monitoring`: each question then takes a sample. After a
+    fork the child's questions raise `ClosedError`. One that is dropped, or left at exit, stops.
     """
 
     def __init__(
@@ -167,7 +168,8 @@ class MemoryMonitor:
         self._pools = pools
         self._cache = cache
         self._end = weakref.finalize(self, _end, self._core, self.alerts._tally, os.getpid())
-        stores = {id(s): s for s in (store, cache and cache.store) if s is not None}
+        others = () if cache is None else (cache.store,)
+        stores = {id(each): each for each in (store, *others) if each is not None}
         for watched in stores.values():
             self._core.watch(watched)
         if pools is not None:
@@ -205,11 +207,8 @@ class MemoryMonitor:
         thread = self.__dict__.pop("_running", None)
         if thread is None:
             return
-        try:
+        with suppress(ClosedError):
             self._core.stop()
-            self._core.sample()  # which ends the thread's wait
-        except ClosedError:
-            pass
         if thread.ident is not None and thread is not threading.current_thread():
             thread.join(_PATIENCE)
         self.alerts._wait()
@@ -451,7 +450,7 @@ def _watch(core: _core.Monitor, monitor_of: weakref.ref[MemoryMonitor]) -> None:
     """Be the thread of a monitor: it holds none, so that one that is dropped goes."""
     number = 0
     while True:
-        last = core.wait(number)
+        last = core.follow(number)
         monitor = monitor_of()
         if last < 0 or monitor is None or not monitor._owned():
             return

@@ -202,7 +202,8 @@ class StoreStats:
     disk: TierStats
     """The swap file; files that are read in place do not count."""
     packed: TierStats = TierStats()
-    """Of `host`: encoded forms of blocks, in use; the limit and the peak are those of both."""
+    """Of `host`: encoded forms of blocks, in use; the limit and what is mapped are
+    those of both."""
     gpu: Mapping[str, TierStats] = field(default_factory=lambda: MappingProxyType({}))
     """By device."""
     idle_bytes: int
@@ -331,7 +332,11 @@ class Store(_core.Store):
         values: dict[str, Any] = self._stats()
         values["host"] = TierStats(*values["host"])
         values["disk"] = TierStats(*values["disk"])
-        values["packed"] = replace(values["host"], used_bytes=values.pop("packed_bytes"))
+        values["packed"] = replace(
+            values["host"],
+            used_bytes=values.pop("packed_bytes"),
+            peak_bytes=values.pop("packed_peak_bytes"),
+        )
         return StoreStats(**values)
 
     def group_stats(self, group: str = "default") -> GroupStats:

@@ -15,7 +15,7 @@ from omnimem import _core
 from omnimem._totals import totals
 from omnimem.config import format_size
 from omnimem.errors import ClosedError
-from omnimem.store import Store, StoreStats, _open_stores
+from omnimem.store import Store, _open_stores
 
 __all__ = ["Span", "Tracked", "track"]
 
@@ -124,14 +124,15 @@ class _Begun:
 
     def __init__(self, store: Store | None) -> None:
         self._only = store
-        self._marks = {each: mark for each in self._stores() if (mark := _mark(each)) is not None}
+        self._known = self._stores()
+        self._marks = {each: mark for each in self._known if (mark := _mark(each)) is not None}
         self._before = {each: each.stats() for each in self._marks}
         self._totals = self._count()
         self._rss = _rss()
         self._at = time.perf_counter()
 
-    def _stores(self) -> list[Store]:
-        return list(_open_stores) if self._only is None else [self._only]
+    def _stores(self) -> set[Store]:
+        return set(_open_stores) if self._only is None else {self._only}
 
     def _count(self) -> Mapping[str, Any]:
         """Counters of the one store, or of all that the process ever had."""
@@ -141,25 +142,26 @@ class _Begun:
         """Fill the record."""
         record.seconds = time.perf_counter() - self._at
         peaks = [_core._mark_end(mark) for mark in self._marks.values()]
-        after = {each: each.stats() for each in {*self._marks, *self._stores()}}
-        new = [stats for each, stats in after.items() if each not in self._marks]
+        after = {each: each.stats() for each in self._known | self._stores()}
+        new = [stats for each, stats in after.items() if each not in self._known]
         for at, tier in enumerate(_TIERS):
             span = Span(
                 sum(getattr(stats, tier).used_bytes for stats in self._before.values()),
                 sum(getattr(stats, tier).used_bytes for stats in after.values()),
-                sum(peak[at] for peak in peaks) + sum(_peak(stats, tier) for stats in new),
+                sum(peak[at] for peak in peaks)
+                + sum(getattr(stats, tier).peak_bytes for stats in new),
             )
             setattr(record, tier, span)
         counted = self._count()
         record.moved = {
-            pair: max(0, counted[key] - self._totals[key])
+            pair: counted[key] - self._totals[key]
             for pair, key in (
                 (("disk", "host"), "read_bytes"),
                 (("host", "disk"), "written_bytes"),
                 (("packed", "host"), "decoded_bytes"),
             )
         }
-        record.stall_seconds = max(0.0, counted["stall_seconds"] - self._totals["stall_seconds"])
+        record.stall_seconds = (counted["stall_ns"] - self._totals["stall_ns"]) / 1e9
         now, most = _rss()
         rose = most > self._rss[1]
         record.rss = Span(
@@ -172,12 +174,6 @@ def _mark(store: Store) -> Any:
         return store._mark()
     except ClosedError:  # meanwhile, or by a fork
         return None
-
-
-def _peak(stats: StoreStats, tier: str) -> int:
-    """The most that a store held since it was opened."""
-    held = getattr(stats, tier)
-    return int(held.used_bytes if tier == "packed" else held.peak_bytes)
 
 
 def _rss() -> tuple[int, int]:
