@@ -78,7 +78,7 @@ class Budget:
             return
         busy = [each for each in self._models if each is not entry and each.movable.in_use]
         users = {each.model_id: each for each in (entry, *busy)}
-        parts = shares(self._models.limit, {n: self._models.size(e) for n, e in users.items()})
+        parts = shares(self._models.limit, {name: each.size for name, each in users.items()})
         rooms = {name: self._room(each, parts[name]) for name, each in users.items()}
         room = rooms[entry.model_id]
         if entry.room == room:
@@ -98,9 +98,10 @@ class Budget:
             # It streams in the room that it has; what it cannot read is told where it is read.
             log.warning("%r begins without memory of its own: %s", entry.model_id, error)
 
-    def _room(self, entry: Entry, part: int) -> int:
+    @staticmethod
+    def _room(entry: Entry, part: int) -> int:
         """Of a part of the budget, what weights may have."""
-        room = min(max(part - self._models.slack(entry), 0), entry.movable.nbytes)
+        room = min(max(part - entry.slack, 0), entry.movable.nbytes)
         return room if entry.cap is None else min(room, entry.cap)
 
     def _give(self, entry: Entry, part: int, busy: list[Entry]) -> None:

@@ -49,6 +49,8 @@ class Entry:
     model: Any
     has_origin: bool
     """Its weights come from a checkpoint, and never have to be written."""
+    slack: int = 0
+    """Memory that its blocks take at most beside the weights: they lie in whole pages."""
     room: int | None = None
     """Memory that it was given; None: it gives way."""
     cap: int | None = None
@@ -64,6 +66,11 @@ class Entry:
     @property
     def model_id(self) -> str:
         return self.movable.model_id
+
+    @property
+    def size(self) -> int:
+        """Memory that all its weights take at most."""
+        return self.movable.nbytes + self.slack
 
     def pause(self, now: float) -> str:
         """Why its automatic moving pauses; "": it does not."""
@@ -131,6 +138,8 @@ class Models:
 
     def __init__(self, store: Store, window: float) -> None:
         self.store = store
+        self.limit = parse_size(store.config.host_limit)
+        """Bytes of memory that the store may have."""
         self._window = window
         self._entries: dict[str, Entry] = {}
         self._numbers = itertools.count(1)
@@ -166,6 +175,7 @@ class Models:
 
         movable = manage(model, self.store, model_id, model_dir=model_dir, resident=resident)
         entry = self._entries[model_id] = Entry(movable, model, model_dir is not None)
+        entry.slack = self.store.group_stats(movable.group).blocks * 2 * _PAGE
         if resident:
             entry.room = movable.nbytes
         if getattr(model, "omnimem", None) is movable:
@@ -203,28 +213,15 @@ class Models:
             "store no disk (disk_limit=0)"
         )
 
-    @property
-    def limit(self) -> int:
-        """Bytes of memory that the store may have."""
-        return parse_size(self.store.config.host_limit)
-
-    def size(self, entry: Entry) -> int:
-        """Bytes of memory that all weights of a model take at most: blocks lie in whole pages."""
-        return entry.movable.nbytes + self.slack(entry)
-
-    def slack(self, entry: Entry) -> int:
-        """What `size` adds to the weights."""
-        return self.store.group_stats(entry.movable.group).blocks * 2 * _PAGE
-
     def room(self, entry: Entry) -> int:
         """Bytes that the store's limit allows a model, beside what others use right now."""
-        busy = [each for each in self if each is not entry and each.movable.in_use]
-        return max(self.limit - sum(map(self.size, busy)) - self.slack(entry), 0)
+        busy = sum(each.size for each in self if each is not entry and each.movable.in_use)
+        return max(self.limit - busy - entry.slack, 0)
 
     def spare(self) -> int:
         """Bytes of the store that no model was given; below 0: they were given too many."""
         given = [
-            min(each.room, each.movable.nbytes) + self.slack(each)
+            min(each.room, each.movable.nbytes) + each.slack
             for each in self
             if each.room is not None
         ]
