@@ -542,6 +542,7 @@ struct om_stream_stats {
 	uint64_t stall_ns;   /* waited in enter */
 	uint64_t read_bytes; /* of this stream's fills, supersets included */
 	uint64_t mispredicted; /* enters that the recorded order did not foretell */
+	uint64_t users;        /* entered and not left now, over all units */
 };
 
 /* Units are numbered by their place in `units`. Their order is the first prediction; the recorded
@@ -556,9 +557,10 @@ int om_stream_load(struct om_stream *st, uint64_t deadline_ns);
 int om_stream_reserve(struct om_stream *st, uint64_t ring_bytes);
 /* Keep nothing of a unit encoded any more, and give the memory back: its bytes come from their origin. */
 int om_stream_forget(struct om_stream *st, size_t unit);
-/* A thread begins to use a unit: its streamed blocks are leased all or none, then the next
- * units of the order are fetched into what room the ring has. *ret_bind: the caller is the first,
- * must make the windows and then call om_stream_bound; others wait for that. */
+/* A thread begins to use a unit: its streamed blocks are leased all or none (for sharing, where they have no
+ * origin), then the next units of the order are fetched into what room the ring has, or what other groups have
+ * idle and can read again. *ret_bind: the caller is the first, must make the windows and then call
+ * om_stream_bound; others wait for that. */
 int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, bool *ret_bind);
 /* The windows are made (ok), or could not be (the unit is given back). */
 void om_stream_bound(struct om_stream *st, size_t unit, bool ok);
@@ -566,6 +568,13 @@ void om_stream_bound(struct om_stream *st, size_t unit, bool ok);
  * call om_stream_unbound, which lets the bytes go. */
 int om_stream_leave(struct om_stream *st, size_t unit, bool *ret_unbind);
 void om_stream_unbound(struct om_stream *st, size_t unit);
+/* A unit that is kept has one user more, the stream: once entered, it stays bound when the others have left, until
+ * it is not kept any more. *ret_unbind: nobody uses it now, the caller must take the windows away and call
+ * om_stream_unbound. */
+int om_stream_keep(struct om_stream *st, size_t unit, bool kept, bool *ret_unbind);
+/* Whether what a unit lets go stays in HOST, idle, until somebody needs the room, or (as at first) leaves at
+ * once: it is dropped, or written out where nothing below holds it. */
+int om_stream_linger(struct om_stream *st, bool lingers);
 /* The lease of a unit's block: those kept plain always (after load), others while entered.
  * Borrowed; NULL when there is none. */
 struct om_lease *om_stream_lease(struct om_stream *st, size_t unit, size_t block);

@@ -526,7 +526,7 @@ static PyMethodDef store_methods[] = {
 	{ "_add_zeros", PY_FAST(py_store_add_zeros), PY_FAST_FLAGS,
 	  "_add_zeros($self, name, nbytes, group=None, dtype=None, shape=None)\n--\n\nZeros, made at the first access." },
 	{ "_swap_out", py_store_swap_out, METH_VARARGS,
-	  "_swap_out($self, group, nbytes, /)\n--\n\nFree so many bytes: (blocks, bytes) that went." },
+	  "_swap_out($self, group, nbytes, timeout=None, /)\n--\n\nFree so many bytes: (blocks, bytes) that went." },
 	{ "_victim", py_store_victim, METH_O,
 	  "_victim($self, group, /)\n--\n\nA lease of who would go next, or None." },
 	{ "_pack", py_store_pack, METH_VARARGS,

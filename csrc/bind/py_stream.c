@@ -16,7 +16,7 @@ struct window {
 	uint64_t offset;
 	struct om_dl_type type;
 	int ndim;
-	int64_t *shape;
+	int64_t *shape, *strides; /* strides NULL: contiguous */
 };
 
 struct unit {
@@ -25,7 +25,7 @@ struct unit {
 	uint64_t *nbytes; /* a block */
 	size_t windows;
 	struct window *window;
-	int64_t *shapes; /* of all windows */
+	int64_t *shapes; /* and strides, of all windows */
 };
 
 struct py_stream {
@@ -359,16 +359,44 @@ static PyObject *stream_unbound(PyObject *self, PyObject *number)
 	return Py_NewRef(Py_None);
 }
 
+static PyObject *stream_keep(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                             PyObject *kwnames)
+{
+	static const char *const names[] = { "unit", "kept", NULL };
+	struct py_stream *o = (struct py_stream *)self;
+	PyObject *a[2] = { NULL };
+	bool unbind = false;
+	size_t unit;
+	int kept, code;
+
+	if (py_args("keep", args, nargs, kwnames, names, 2, 2, a) || read_place(o, a[0], &unit) ||
+	    (kept = PyObject_IsTrue(a[1])) < 0)
+		return NULL;
+	code = om_stream_keep(o->st, unit, kept, &unbind);
+	return code ? py_raise(code) : PyBool_FromLong(unbind);
+}
+
+static PyObject *stream_linger(PyObject *self, PyObject *on)
+{
+	struct py_stream *o = (struct py_stream *)self;
+	int lingers = PyObject_IsTrue(on);
+
+	if (lingers < 0 || !open_stream(o))
+		return NULL;
+	return py_done(om_stream_linger(o->st, lingers));
+}
+
 /* ---- windows ---- */
 
 static int read_one_window(const struct unit *u, PyObject *o, struct window *w)
 {
 	uint64_t block, nbytes;
 	const char *dtype;
+	int strides;
 
-	if (!PyTuple_Check(o) || PyTuple_Size(o) != 4) {
-		PyErr_SetString(PyExc_TypeError,
-		                "a window is a tuple (block index, offset, dtype, shape)");
+	if (!PyTuple_Check(o) || (PyTuple_Size(o) != 4 && PyTuple_Size(o) != 5)) {
+		PyErr_SetString(PyExc_TypeError, "a window is a tuple (block index, offset, dtype, "
+		                                 "shape), or one with strides");
 		return -1;
 	}
 	dtype = py_text(PyTuple_GetItem(o, 2), "dtype");
@@ -383,8 +411,20 @@ static int read_one_window(const struct unit *u, PyObject *o, struct window *w)
 		return -1;
 	}
 	w->block = (size_t)block;
-	return py_window_check(u->nbytes[block], w->offset, w->type, w->ndim, w->shape, NULL,
-	                       &nbytes);
+	w->strides = PyTuple_Size(o) == 5 ? w->shape + OM_MAX_NDIM : NULL;
+	if (w->strides && py_dims(PyTuple_GetItem(o, 4), "strides", w->strides, &strides))
+		return -1;
+	if (w->strides && strides != w->ndim) {
+		PyErr_Format(PyExc_ValueError, "window: %d strides for %d dimensions", strides,
+		             w->ndim);
+		return -1;
+	}
+	if (py_window_check(u->nbytes[block], w->offset, w->type, w->ndim, w->shape, w->strides,
+	                    &nbytes))
+		return -1;
+	if (w->strides && py_dims_contiguous(w->ndim, w->shape, w->strides))
+		w->strides = NULL;
+	return 0;
 }
 
 static PyObject *stream_set_windows(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
@@ -405,7 +445,7 @@ static PyObject *stream_set_windows(PyObject *self, PyObject *const *args, Py_ss
 	u = &o->units[unit];
 	n = (size_t)PyTuple_Size(tuple);
 	fresh.window = calloc(n + 1, sizeof(*fresh.window));
-	fresh.shapes = calloc(n + 1, sizeof(int64_t) * OM_MAX_NDIM);
+	fresh.shapes = calloc(n + 1, sizeof(int64_t) * 2 * OM_MAX_NDIM);
 	if (!fresh.window || !fresh.shapes) {
 		PyErr_NoMemory();
 		goto fail;
@@ -413,7 +453,7 @@ static PyObject *stream_set_windows(PyObject *self, PyObject *const *args, Py_ss
 	for (; fresh.windows < n; fresh.windows++) {
 		struct window *w = &fresh.window[fresh.windows];
 
-		w->shape = fresh.shapes + fresh.windows * OM_MAX_NDIM;
+		w->shape = fresh.shapes + fresh.windows * 2 * OM_MAX_NDIM;
 		if (read_one_window(u, PyTuple_GetItem(tuple, (Py_ssize_t)fresh.windows), w))
 			goto fail;
 	}
@@ -434,7 +474,8 @@ static PyObject *export_window(struct py_stream *o, size_t unit, const struct wi
 	struct py_view v = { .lease = om_stream_lease(o->st, unit, w->block),
 		             .type = w->type,
 		             .ndim = w->ndim,
-		             .shape = w->shape };
+		             .shape = w->shape,
+		             .strides = w->strides };
 
 	if (!v.lease)
 		return py_raise_closed(
@@ -487,14 +528,15 @@ static PyObject *stream_stats(PyObject *self, PyObject *Py_UNUSED(unused))
 	code = om_stream_stats(o->st, &s);
 	if (code)
 		return py_raise(code);
-	return Py_BuildValue("{sKsKsdsKsKsKsKsKsd}", "enters", (unsigned long long)s.enters, "hits",
-	                     (unsigned long long)s.hits, "stall_seconds", (double)s.stall_ns / 1e9,
-	                     "read_bytes", (unsigned long long)s.read_bytes, "mispredicted",
+	return Py_BuildValue("{sKsKsdsKsKsKsKsKsdsK}", "enters", (unsigned long long)s.enters,
+	                     "hits", (unsigned long long)s.hits, "stall_seconds",
+	                     (double)s.stall_ns / 1e9, "read_bytes",
+	                     (unsigned long long)s.read_bytes, "mispredicted",
 	                     (unsigned long long)s.mispredicted, "packed_bytes",
 	                     (unsigned long long)s.packed_bytes, "decoded_bytes",
 	                     (unsigned long long)s.decoded_bytes, "timed_bytes",
 	                     (unsigned long long)s.timed_bytes, "timed_seconds",
-	                     (double)s.timed_ns / 1e9);
+	                     (double)s.timed_ns / 1e9, "users", (unsigned long long)s.users);
 }
 
 static PyObject *stream_reserve(PyObject *self, PyObject *ring)
@@ -546,7 +588,13 @@ PyDoc_STRVAR(leave_doc,
              "Done with a unit; True when the caller must drop the windows and call unbound().");
 PyDoc_STRVAR(unbound_doc, "unbound($self, unit, /)\n--\n\nThe windows are gone.");
 PyDoc_STRVAR(set_windows_doc, "set_windows($self, unit, windows)\n--\n\n"
-                              "What windows() returns: (block index, offset, dtype, shape) each.");
+                              "What windows() returns: (block index, offset, dtype, shape) each, "
+                              "or with strides in elements.");
+PyDoc_STRVAR(keep_doc, "keep($self, unit, kept)\n--\n\n"
+                       "Whether a unit stays bound when its users have left; True when the caller "
+                       "must drop the windows now and call unbound().");
+PyDoc_STRVAR(linger_doc, "linger($self, lingers, /)\n--\n\n"
+                         "Whether what a unit lets go stays in memory until room is needed.");
 PyDoc_STRVAR(
 	windows_doc,
 	"windows($self, unit, resident=None)\n--\n\n"
@@ -563,6 +611,8 @@ static PyMethodDef stream_methods[] = {
 	{ "bound", PY_FAST(stream_bound), PY_FAST_FLAGS, bound_doc },
 	{ "leave", stream_leave, METH_O, leave_doc },
 	{ "unbound", stream_unbound, METH_O, unbound_doc },
+	{ "keep", PY_FAST(stream_keep), PY_FAST_FLAGS, keep_doc },
+	{ "linger", stream_linger, METH_O, linger_doc },
 	{ "set_windows", PY_FAST(stream_set_windows), PY_FAST_FLAGS, set_windows_doc },
 	{ "windows", PY_FAST(stream_windows), PY_FAST_FLAGS, windows_doc },
 	{ "reserve", stream_reserve, METH_O, reserve_doc },

@@ -17,16 +17,19 @@ PyObject *py_store_swap_out(PyObject *self, PyObject *args)
 	struct py_core *core = py_store_core(self);
 	struct om_swapped done;
 	struct om_swap *w;
+	PyObject *timeout = Py_None;
 	unsigned long long bytes;
+	uint64_t deadline_ns;
 	const char *group;
 	int code;
 
-	if (!core || !PyArg_ParseTuple(args, "sK:_swap_out", &group, &bytes))
+	if (!core || !PyArg_ParseTuple(args, "sK|O:_swap_out", &group, &bytes, &timeout) ||
+	    py_deadline(timeout, &deadline_ns))
 		return NULL;
 	code = om_swap_begin(core->s, group, bytes, &w);
 	if (code)
 		return py_raise(code);
-	code = py_wait(call_swap, w, UINT64_MAX);
+	code = py_wait(call_swap, w, deadline_ns);
 	if (code && code != PY_RAISED)
 		py_raise(code);
 	om_swap_end(w, &done);

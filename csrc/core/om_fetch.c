@@ -133,27 +133,37 @@ static struct om_extent cut(struct om_extent *rest, uint64_t bytes, bool last)
 	return part;
 }
 
-/* One extent for all: blocks that are used together share a slot of a ring. */
+/* Do blocks of a request get one extent, cut into parts? Those that are used together share a slot of a ring. What
+ * lies in a shared segment cannot be cut, and what lingers is given up block by block. */
+static bool together(const struct om_group *g, uint64_t bytes)
+{
+	return (g->streams && !g->mixed) || (bytes > OM_POOL_SMALL && !g->lingering);
+}
+
 static int start_some_locked(struct om_store *s, struct om_block *const *blocks, size_t count,
                              enum om_move_priority priority)
 {
 	bool ahead = priority == OM_PREFETCH;
 	uint64_t left = missing_blocks(blocks, count, ahead);
-	struct om_extent rest;
-	int code = left ? om_fetch_reserve_locked(s, blocks[0]->group, left, &rest) : 0;
+	const struct om_group *g = blocks[0]->group;
+	bool one = together(g, left);
+	struct om_extent rest = { 0 };
+	int code = left && one ? om_fetch_reserve_locked(s, g, left, &rest) : 0;
 
-	if (!left || code)
-		return code == OM_ELIMIT ? OM_EAGAIN : code;
 	for (size_t i = 0; i < count && !code; i++) {
 		uint64_t bytes = om_block_host_bytes(blocks[i]);
 
 		if (!missing(blocks[i], ahead))
 			continue;
 		left -= bytes;
-		code = start_one_locked(s, blocks[i], priority, cut(&rest, bytes, !left));
+		if (!one)
+			code = om_fetch_reserve_locked(s, g, bytes, &rest);
+		if (!code)
+			code = start_one_locked(s, blocks[i], priority,
+			                        cut(&rest, bytes, !one || !left));
 	}
 	om_pool_free(&s->pool, &rest);
-	return code;
+	return code == OM_ELIMIT ? OM_EAGAIN : code;
 }
 
 int om_fetch_start_locked(struct om_store *s, struct om_block *const *blocks, size_t count,

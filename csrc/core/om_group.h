@@ -67,7 +67,8 @@ struct om_group {
 	} check; /* om_store_check only */
 	unsigned
 		streams; /* of these: what they fetch ahead is finished by the thread that uses it */
-	bool mixed;      /* bytes and their forms pass through the same ring: there are no slots */
+	unsigned lingering; /* of these, what their units let go stays: no ring has to be kept */
+	bool mixed; /* what is kept, or forms, come from the same segments as the ring: no slots */
 };
 
 /* `name` is short enough. The policy is LRU. */

@@ -1,6 +1,7 @@
 /*
  * om_keep: what a stream has in HOST all the time: blocks kept plain, and forms of those kept encoded, which
- * are made here when the stream is loaded. Under the store lock; reading and encoding give it up.
+ * are made here when the stream is loaded; and whole units for as long as they are told to stay. Under the
+ * store lock; reading and encoding give it up.
  */
 #include <errno.h>
 
@@ -248,5 +249,40 @@ int om_stream_forget(struct om_stream *st, size_t unit)
 			forget_form_locked(st, &st->units[unit], k);
 	om_pool_trim_to(&st->store->pool, st->ring_bytes);
 	om_store_changed_locked(st->store);
+	return om_store_leave(st->store, 0);
+}
+
+/* ---- units that stay for a while ---- */
+
+int om_stream_keep(struct om_stream *st, size_t unit, bool kept, bool *ret_unbind)
+{
+	struct om_unit *u;
+	int code = om_stream_check_unit(st, unit);
+
+	*ret_unbind = false;
+	if (code || (code = om_store_enter(st->store)))
+		return code;
+	u = &st->units[unit];
+	if (u->state == OM_UNIT_BOUND)
+		st->settled += (size_t)kept - (size_t)u->kept;
+	u->kept = kept;
+	for (size_t i = 0; i < u->count && kept; i++) /* worth a move when it is read next */
+		u->blocks[i]->body->align = OM_BLOCK_ALIGN;
+	if (!kept && u->state == OM_UNIT_BOUND && !u->users) {
+		u->state = OM_UNIT_UNBINDING;
+		*ret_unbind = true;
+	}
+	return om_store_leave(st->store, 0);
+}
+
+int om_stream_linger(struct om_stream *st, bool lingers)
+{
+	int code = om_store_enter(st->store);
+
+	if (code)
+		return code;
+	st->group->lingering += (unsigned)lingers - (unsigned)st->lingers;
+	st->group->mixed = true; /* units that are kept come and go like those of the ring */
+	st->lingers = lingers;
 	return om_store_leave(st->store, 0);
 }

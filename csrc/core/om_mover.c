@@ -414,7 +414,9 @@ static uint64_t decay_memory_locked(struct om_store *s)
 	if (p->cached_bytes <= OM_POOL_WARM)
 		return UINT64_MAX;
 	OM_LIST_FOREACH(link, &s->groups) {
-		if (om_container_of(link, struct om_group, link)->streams)
+		const struct om_group *g = om_container_of(link, struct om_group, link);
+
+		if (g->streams > g->lingering)
 			return om_now() + DECAY_NS;
 	}
 	if (oldest + DECAY_NS > om_now())

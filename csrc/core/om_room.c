@@ -29,13 +29,15 @@ struct wish {
 	bool dirty; /* one that has to be written out will do */
 	struct om_block *const *keep;
 	size_t keep_count;
+	const struct om_group *but; /* none of this one */
 };
 
 static bool granted(void *arg, const struct om_block *b)
 {
 	const struct wish *w = arg;
 
-	return (w->dirty || om_block_expendable(b)) && !kept(b, w->keep, w->keep_count);
+	return (w->dirty || om_block_expendable(b)) && b->group != w->but &&
+	       !kept(b, w->keep, w->keep_count);
 }
 
 static bool over_limit(const struct om_group *g)
@@ -52,15 +54,11 @@ static uint64_t next_access(struct om_store *s, const struct om_block *b, uint64
 }
 
 /* One of a group over its own limit, else of the group whose next use is furthest. */
-static struct om_block *pick_victim(struct om_store *s, struct om_group *only, bool dirty,
-                                    struct om_block *const *keep, size_t keep_count)
+static struct om_block *pick_furthest(struct om_store *s, struct wish *wish)
 {
-	struct wish wish = { dirty, keep, keep_count };
 	struct om_block *found = NULL;
-	uint64_t now_ns = only ? 0 : om_now_coarse(), furthest = 0;
+	uint64_t now_ns = om_now_coarse(), furthest = 0;
 
-	if (only)
-		return om_group_victim(only, granted, &wish);
 	OM_LIST_FOREACH(link, &s->groups) {
 		struct om_group *g = om_container_of(link, struct om_group, link);
 		uint64_t next = om_use_next(&g->use, now_ns);
@@ -68,7 +66,7 @@ static struct om_block *pick_victim(struct om_store *s, struct om_group *only, b
 		struct om_block *b = NULL;
 
 		if (over || !found || !next || next > furthest)
-			b = om_group_victim(g, granted, &wish);
+			b = om_group_victim(g, granted, wish);
 		if (b && over)
 			return b;
 		next = b && !next ? next_access(s, b, now_ns) : next;
@@ -78,6 +76,14 @@ static struct om_block *pick_victim(struct om_store *s, struct om_group *only, b
 		furthest = next;
 	}
 	return found;
+}
+
+static struct om_block *pick_victim(struct om_store *s, struct om_group *only, bool dirty,
+                                    struct om_block *const *keep, size_t keep_count)
+{
+	struct wish wish = { dirty, keep, keep_count, NULL };
+
+	return only ? om_group_victim(only, granted, &wish) : pick_furthest(s, &wish);
 }
 
 bool om_room_free_locked(struct om_store *s, const struct om_group *g, uint64_t bytes)
@@ -100,6 +106,16 @@ static bool is_plain(void *arg, const struct om_block *b)
 struct om_block *om_room_plain_victim_locked(struct om_group *g)
 {
 	return om_group_victim(g, is_plain, NULL);
+}
+
+bool om_room_take_locked(struct om_store *s, const struct om_group *g)
+{
+	struct wish wish = { false, NULL, 0, g };
+	struct om_block *b = over_limit(g) ? NULL : pick_furthest(s, &wish);
+
+	if (b)
+		om_room_drop_locked(s, b);
+	return b != NULL;
 }
 
 static struct om_block *pick_ahead(struct om_store *s, struct om_group *only,

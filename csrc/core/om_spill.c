@@ -168,12 +168,12 @@ int om_spill_busy_error(struct om_store *s, const struct om_block *b, uint64_t b
 	return OM_EBUSY;
 }
 
-/* The swap file cannot grow, but what is in use or on its way may give way later. */
-static int grow_busy_error(const struct om_block *b, const struct om_error *why)
+/* The swap file cannot grow. OM_EBUSY: what is in use or on its way may give way later. */
+static int grow_error(int code, const struct om_block *b, const struct om_error *why)
 {
-	om_err(OM_EBUSY, "block '%s': %s (the bytes are still in memory)", b->name, why->text);
+	om_err(code, "block '%s': %s (the bytes are still in memory)", b->name, why->text);
 	om_err_file(why->filename);
-	return OM_EBUSY;
+	return code;
 }
 
 static bool limit_binds(const struct om_disk *d, uint64_t bytes)
@@ -221,9 +221,10 @@ static int disk_reserve_locked(struct om_store *s, struct om_block *b, uint64_t 
 		why = *om_err_last();
 		stale = drop_stale_locked(s);
 		if (stale == OM_EBUSY)
-			return limit ? om_spill_busy_error(s, b, bytes) : grow_busy_error(b, &why);
+			return limit ? om_spill_busy_error(s, b, bytes)
+			             : grow_error(OM_EBUSY, b, &why);
 		if (!stale)
-			return om_err_set(&why);
+			return limit ? om_err_set(&why) : grow_error(why.code, b, &why);
 	}
 }
 

@@ -155,6 +155,9 @@ bool om_room_free_locked(struct om_store *s, const struct om_group *g, uint64_t 
 /* The policy's choice among all idle copies of a group, or of those that are no packed form. */
 struct om_block *om_room_victim_locked(struct om_store *s, struct om_group *g);
 struct om_block *om_room_plain_victim_locked(struct om_group *g);
+/* Have another group than `g` give up one idle copy that is expendable. False: none has any, or it is the limit of
+ * `g` that binds. */
+bool om_room_take_locked(struct om_store *s, const struct om_group *g);
 /* Give up an idle copy that is expendable (the block may go). */
 void om_room_drop_locked(struct om_store *s, struct om_block *b);
 /* Let one idle or leaving block go. 1, 0 (leased) or an error. May give up the lock. */

@@ -6,14 +6,19 @@
  * limit leaves: the ring. What passes through it is called streamed, whether it is read or decoded.
  *
  * A unit's state says who may touch its windows: IDLE -> BINDING (the first user makes them) ->
- * BOUND (any number of users) -> UNBINDING (the last one takes them away) -> IDLE. All under the store lock;
- * waits give it up. A unit's streamed blocks are leased all or none, so that two threads cannot
- * hold half a ring each.
+ * BOUND (any number of users) -> UNBINDING (the last one takes them away) -> IDLE. A unit that is kept has one
+ * user more, the stream (om_keep.c): it stays BOUND. All under the store lock; waits give it up. A unit's
+ * streamed blocks are leased all or none, so that two threads cannot hold half a ring each.
+ *
+ * Blocks without an origin are leased for sharing, since nothing but HOST has what is written to them.
  */
 #include <errno.h>
 #include <string.h>
 
 #include "core/om_stream_int.h"
+
+#define AHEAD_OF_OTHERS \
+	4 /* units, the bytes of which are worth more than what others may use again */
 
 static void unit_fini(struct om_unit *u)
 {
@@ -122,6 +127,8 @@ int om_stream_lease_unit_locked(struct om_stream *st, struct om_unit *u, size_t 
 
 	for (size_t i = first; i < first + count && !code; i++) {
 		u->leases[i] = om_lease_make_locked(s, u->blocks[i], false);
+		if (u->leases[i] && !om_block_has_origin(u->blocks[i]))
+			u->leases[i]->share = u->blocks[i]->body->touched = true;
 		if (u->leases[i])
 			continue;
 		code = -ENOMEM;
@@ -182,6 +189,15 @@ static bool room_now(const struct om_stream *st, uint64_t bytes)
 	       om_pool_fits(&st->store->pool, bytes);
 }
 
+/* Make room for the last of the units foretold: what is of no use in the ring goes, then, for the first few,
+ * what others can read again. Did anything go? */
+static bool make_way_locked(struct om_stream *st, size_t foretold)
+{
+	if (!st->lingers && drop_strays_locked(st, foretold))
+		return true;
+	return foretold <= AHEAD_OF_OTHERS && om_room_take_locked(st->store, st->group);
+}
+
 /* Fetch the next units of the order into what room the ring has. Forms are fetched, not decoded; when no
  * unit is in use (`between`), what the next one decodes to has its room kept. */
 static void fetch_ahead_locked(struct om_stream *st, bool between)
@@ -189,7 +205,7 @@ static void fetch_ahead_locked(struct om_stream *st, bool between)
 	uint64_t kept = 0;
 	size_t foretold = 0;
 
-	for (size_t k = 0; k < st->count; k++) {
+	for (size_t k = 0; k < st->count && st->settled < st->count; k++) {
 		uint32_t id;
 		struct om_unit *u;
 		uint64_t bytes;
@@ -204,7 +220,7 @@ static void fetch_ahead_locked(struct om_stream *st, bool between)
 		if (!bytes)
 			continue;
 		while (!room_now(st, bytes + kept))
-			if (!drop_strays_locked(st, foretold))
+			if (!make_way_locked(st, foretold))
 				return;
 		if (om_fetch_start_locked(st->store, u->blocks, u->streamed_count, OM_PREFETCH))
 			return; /* it will be fetched when it is needed */
@@ -278,7 +294,20 @@ int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, boo
 	return code;
 }
 
-static void reom_stream_lease_unit_locked(struct om_stream *st, struct om_unit *u)
+/* Write out what is only in HOST, so that it makes room as what was dropped does. Where it cannot be, it stays,
+ * and who needs the room hears why. Gives up the lock. */
+static void expel_unit_locked(struct om_stream *st, struct om_unit *u)
+{
+	for (size_t i = 0; i < u->streamed_count && !st->store->closing; i++) {
+		struct om_block *b = u->blocks[i];
+
+		if (b->named && b->host == OM_COPY_VALID && !b->leases && !b->pinned &&
+		    !b->body->holds && !om_block_clean(b))
+			(void)om_spill_locked(st->store, b);
+	}
+}
+
+static void release_unit_locked(struct om_stream *st, struct om_unit *u)
 {
 	for (size_t i = 0; i < u->streamed_count; i++) {
 		if (u->leases[i])
@@ -288,7 +317,11 @@ static void reom_stream_lease_unit_locked(struct om_stream *st, struct om_unit *
 	u->state = OM_UNIT_IDLE;
 	u->users = 0;
 	om_store_drain_locked(st->store);
+	om_store_changed_locked(st->store);
+	if (st->lingers)
+		return; /* that made no room */
 	forget_unit_locked(st, u);
+	expel_unit_locked(st, u);
 	fetch_ahead_locked(st, true);
 	om_store_changed_locked(st->store);
 }
@@ -299,10 +332,12 @@ void om_stream_bound(struct om_stream *st, size_t unit, bool ok)
 
 	if (om_stream_check_unit(st, unit) || om_store_enter(st->store))
 		return;
-	if (u->state == OM_UNIT_BINDING && ok)
+	if (u->state == OM_UNIT_BINDING && ok) {
 		u->state = OM_UNIT_BOUND;
-	else if (u->state == OM_UNIT_BINDING)
-		reom_stream_lease_unit_locked(st, u);
+		st->settled += u->kept;
+	} else if (u->state == OM_UNIT_BINDING) {
+		release_unit_locked(st, u);
+	}
 	om_store_changed_locked(st->store);
 	om_mutex_unlock(&st->store->lock);
 }
@@ -319,7 +354,7 @@ int om_stream_leave(struct om_stream *st, size_t unit, bool *ret_unbind)
 	if (!u->users) {
 		code = om_err(OM_EVALUE, "unit '%s' is left more often than it was entered",
 		              u->name);
-	} else if (!--u->users) {
+	} else if (!--u->users && (!u->kept || u->state != OM_UNIT_BOUND)) {
 		u->state = OM_UNIT_UNBINDING;
 		*ret_unbind = true;
 	}
@@ -332,7 +367,7 @@ void om_stream_unbound(struct om_stream *st, size_t unit)
 	if (om_stream_check_unit(st, unit) || om_store_enter(st->store))
 		return;
 	if (st->units[unit].state == OM_UNIT_UNBINDING)
-		reom_stream_lease_unit_locked(st, &st->units[unit]);
+		release_unit_locked(st, &st->units[unit]);
 	om_mutex_unlock(&st->store->lock);
 }
 
@@ -354,7 +389,9 @@ int om_stream_stats(struct om_stream *st, struct om_stream_stats *ret)
 	ret->decoded_bytes = st->group->decoded_bytes - st->decoded_bytes_before;
 	ret->timed_bytes = st->group->timed_bytes - st->timed_bytes_before;
 	ret->timed_ns = st->group->timed_ns - st->timed_ns_before;
-	ret->packed_bytes = 0;
+	ret->packed_bytes = ret->users = 0;
+	for (size_t i = 0; i < st->count; i++)
+		ret->users += st->units[i].users;
 	for (size_t i = 0; i < st->count; i++)
 		for (size_t k = 0; k < st->units[i].streamed_count; k++)
 			if (st->units[i].forms[k])
@@ -397,6 +434,7 @@ void om_stream_free(struct om_stream *st)
 			for (size_t i = 0; i < st->count; i++)
 				end_unit_locked(st, &st->units[i]);
 			st->group->streams--;
+			st->group->lingering -= st->lingers;
 			om_mutex_unlock(&s->lock);
 		}
 		for (size_t i = 0; i < st->count && st->units; i++)

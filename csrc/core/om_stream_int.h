@@ -1,6 +1,6 @@
 /*
  * om_stream_int: a stream's inside, shared by om_stream.c (units in use, the ring) and om_keep.c (what is in
- * HOST all the time).
+ * HOST all the time, or as long as it is told to).
  */
 #ifndef OM_STREAM_INT_H
 #define OM_STREAM_INT_H
@@ -14,6 +14,7 @@ struct om_unit {
 	char *name;
 	enum om_unit_state state;
 	unsigned users;
+	bool kept; /* the stream is a user of it: bound, it stays so */
 	size_t count, streamed_count;
 	struct om_block **blocks; /* streamed ones first */
 	struct om_lease **leases; /* in the order of `blocks` */
@@ -27,6 +28,8 @@ struct om_stream {
 	struct om_group *group;
 	struct om_unit *units;
 	size_t count;
+	size_t settled;            /* units that are kept, and bound */
+	bool lingers;              /* what a unit lets go stays in HOST, idle */
 	bool opened;               /* the group counts this stream */
 	struct om_pattern pattern; /* of units that have streamed blocks */
 	struct om_stream_stats stats;

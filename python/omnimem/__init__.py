@@ -28,8 +28,10 @@ from omnimem.errors import (
     IOFailure,
     LimitError,
 )
+from omnimem.manager import AdvancedMemoryManager
 from omnimem.monitor import MemoryMonitor, MemoryPressure, MemoryStats
 from omnimem.nvme import NVMeOptimizer
+from omnimem.offload import AutomaticOffloader, OffloadDecision
 from omnimem.pools import BlockSnapshot, MemoryConfig, MemoryPoolManager, PoolStats
 from omnimem.pressure import MemoryPressureLevel, MemoryPressureMonitor
 from omnimem.simulation import SimulationResult, simulate
@@ -60,10 +62,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveSwapAlgorithm",
     "AdvancedMemoryConfig",
+    "AdvancedMemoryManager",
     "AdvancedMemorySwapper",
     "Alert",
     "AlertHandle",
     "AlertSystem",
+    "AutomaticOffloader",
     "BaseSwapAlgorithm",
     "BlockInfo",
     "BlockSnapshot",
@@ -97,6 +101,7 @@ __all__ = [
     "MonitorConfig",
     "NVMeOptimizer",
     "OffloadConfig",
+    "OffloadDecision",
     "PoolStats",
     "SimulationResult",
     "Span",

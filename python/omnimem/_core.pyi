@@ -170,7 +170,9 @@ class Store:
         dtype: str | None = None,
         shape: _Shape | None = None,
     ) -> None: ...
-    def _swap_out(self, group: str, nbytes: int, /) -> tuple[int, int]: ...
+    def _swap_out(
+        self, group: str, nbytes: int, timeout: float | None = None, /
+    ) -> tuple[int, int]: ...
     def _usage(
         self, group: str, window: float, /
     ) -> tuple[int, int, int, float, float, float, float]: ...
@@ -398,14 +400,30 @@ class Stream:
     def unbound(self, unit: int, /) -> None:
         """The windows are gone: the bytes may go."""
 
+    def keep(self, unit: int, kept: bool) -> bool:
+        """Whether a unit, once entered, stays bound when its users have left.
+
+        True when nobody uses it: the caller must drop the windows and call `unbound`.
+        """
+
+    def linger(self, lingers: bool, /) -> None:
+        """Whether what a unit lets go stays in memory until room is needed, or goes at once."""
+
     def reserve(self, ring: int, /) -> None:
         """Bytes that what is kept encoded leaves to the ring; before `load`."""
 
     def forget(self, unit: int, /) -> None:
         """Keep nothing of a unit encoded any more: its bytes come from their origin."""
 
-    def set_windows(self, unit: int, windows: Sequence[tuple[int, int, str, _Shape]]) -> None:
-        """What `windows` returns: (block index, offset in bytes, dtype, shape) each."""
+    def set_windows(
+        self,
+        unit: int,
+        windows: Sequence[tuple[int, int, str, _Shape] | tuple[int, int, str, _Shape, _Shape]],
+    ) -> None:
+        """What `windows` returns: (block index, offset in bytes, dtype, shape) each.
+
+        Strides in elements may follow.
+        """
 
     def windows(self, unit: int, resident: bool | None = None) -> list[_Capsule]:
         """DLPack capsules in the order of `set_windows`.

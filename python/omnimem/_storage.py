@@ -16,13 +16,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from omnimem import _core
 from omnimem.config import StoreConfig
 from omnimem.errors import Error
 from omnimem.store import Store
 
-__all__ = ["StorageKind", "default_directory", "free_bytes", "ram_file_system", "storage_kind"]
+__all__ = [
+    "StorageKind",
+    "default_directory",
+    "free_bytes",
+    "open_store",
+    "ram_file_system",
+    "storage_kind",
+]
+
+KEPT_FREE = 0.05
+"""Of a disk, for others."""
 
 SPINNING_MOST_GBPS = 0.3
 """Above what one spinning disk reads: outer tracks of 7200 rpm disks give 0.26 to 0.29 GB/s by
@@ -132,6 +143,21 @@ def default_directory() -> str:
         if os.access(_existing(choice), os.W_OK) and not ram_file_system(choice):
             return choice
     return "/var/tmp"
+
+
+def open_store(host_limit: int) -> Store:
+    """A store for models: as the environment says, with the disk's free room for what must go.
+
+    Without a directory on a disk nothing is ever written: `disk_limit` is 0 then.
+    """
+    overrides: dict[str, Any] = {"host_limit": host_limit}
+    if not os.environ.get("OMNIMEM_DIRECTORY"):
+        overrides["directory"] = default_directory()
+    if not os.environ.get("OMNIMEM_DISK_LIMIT"):
+        where = overrides.get("directory") or os.environ["OMNIMEM_DIRECTORY"]
+        room = 0 if ram_file_system(where) else int(free_bytes(where) * (1 - KEPT_FREE))
+        overrides["disk_limit"] = min(room, 2 * _core.memory()[0])
+    return Store(StoreConfig.from_env(**overrides))
 
 
 def free_bytes(directory: str | os.PathLike[str]) -> int:

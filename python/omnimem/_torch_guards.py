@@ -9,22 +9,16 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from omnimem.config import format_size
-from omnimem.plan import Plan
-
 
 class Uncopied:
     """What modules of a streaming model lead to: `deepcopy` and pickling of them end here."""
 
-    _plan: Plan
+    remedy = ""
+    """Where the weights are, and what to do about it: the end of a sentence."""
 
     def _refuse(self, what: str) -> NoReturn:
         """Say that this needs the weights."""
-        raise RuntimeError(
-            f"cannot {what} a model whose weights are omnimem's "
-            f"({format_size(self._plan.prefill_bytes)} of them on disk); call "
-            "model.omnimem.detach() first, which gives the model memory of its own for all of them"
-        )
+        raise RuntimeError(f"cannot {what} a model whose weights are omnimem's {self.remedy}")
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         self._refuse("copy")
@@ -34,10 +28,14 @@ class Uncopied:
 
 
 class Guards(Uncopied):
-    """On every module: `state_dict`, `load_state_dict`, and `_apply`, of which `.to()` is made."""
+    """On every module: `state_dict`, `load_state_dict`, and `_apply`, of which `.to()` is made.
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    The state may be read and loaded as long as `there` says that all weights are in place.
+    """
+
+    def __init__(self, remedy: str, there: Callable[[], bool] = lambda: False) -> None:
+        self.remedy = remedy
+        self._there = there
         self._dtypes: set[torch.dtype] = set()
         self._handles: list[Any] = []
         self._patched: list[nn.Module] = []
@@ -75,4 +73,5 @@ class Guards(Uncopied):
         self._refuse("convert or move")
 
     def _refuse_state(self, *args: Any) -> None:
-        self._refuse("read or load the state of")
+        if not self._there():
+            self._refuse("read or load the state of")

@@ -12,10 +12,19 @@ from torch import nn
 
 from omnimem import checkpoint
 from omnimem._torch_guards import Guards, Uncopied
-from omnimem._torch_units import Units, materialize, restore
+from omnimem._torch_planned import PlannedUnits
+from omnimem._torch_units import materialize, restore
 from omnimem.config import format_size
 from omnimem.plan import Plan
 from omnimem.store import Store
+
+
+def _remedy(plan: Plan) -> str:
+    return (
+        f"({format_size(plan.prefill_bytes)} of them on disk); call model.omnimem.detach() first, "
+        "which gives the model memory of its own for all of them"
+    )
+
 
 _RECENT = 32
 """Passes that the mean of bytes a pass looks at."""
@@ -42,8 +51,9 @@ class Streamed(Uncopied):
         self._plan = plan
         self._store = store
         self._own_store = own_store
-        self._units = Units(plan, store, timeout)
-        self._guards = Guards(plan)
+        self._units = PlannedUnits(plan, store, timeout)
+        self._units.remedy = self.remedy = _remedy(plan)
+        self._guards = Guards(self.remedy)
         self._handles: list[Any] = []
         self._ended = False
         self._passes = 0

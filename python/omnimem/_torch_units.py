@@ -1,8 +1,11 @@
-"""The units of a streaming model: their blocks, and when their windows come and go.
+"""Units of a model in use: their blocks, and when their windows come and go.
 
 A unit's first user makes its windows, its last one takes them away. Parameters keep their identity;
 what changes is `param.data`. Ctrl-C may strike before any bytecode: what it leaves loaded is let go
 by the thread's next hook, or by the next pass of any thread.
+
+Which units there are, and what is kept of them, say `_torch_planned` (a plan that is made once) and
+`_torch_managed` (units that are told to stay or to go).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import collections
 import itertools
 import threading
-from collections.abc import Iterator
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -18,75 +21,28 @@ import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack
 
-from omnimem import _core, checkpoint
+from omnimem import _core
 from omnimem._torch_guards import Uncopied
-from omnimem.plan import Plan
 from omnimem.store import Store
-
-_group_numbers = itertools.count()
-_KEEP = {None: 0, "plain": 1, "fast": 2, "balanced": 3}
-"""As the core numbers what is kept of a block (`enum om_keep`)."""
 
 
 class Units(Uncopied):
     """A model's blocks in a store, the stream of them, and the parameters that show them."""
 
-    def __init__(self, plan: Plan, store: Store, timeout: float) -> None:
-        self.group = f"model-{next(_group_numbers)}"
+    def __init__(self, group: str, store: Store, timeout: float) -> None:
+        self.group = group
+        self.modules: list[str] = []
+        """Name of each unit, which is that of its module."""
         self.names: list[list[str]] = []
-        """Blocks of each unit, in the order of its runs."""
+        """Blocks of each unit."""
         self.params: list[tuple[list[nn.Parameter], list[nn.Parameter]]] = []
-        """Parameters of each unit, resident and streamed, in the order of its runs."""
+        """Parameters of each unit, resident and streamed, in the order of their windows."""
         self.stream: _core.Stream
-        self._plan = plan
         self._store = store
         self._timeout = timeout
         self._threads: list[_Entered] = []
         self._mine = _Mine(self._threads)
         self._outer: list[set[int]] = []
-
-    # -- construction
-
-    def load(self, params: dict[str, nn.Parameter], files: checkpoint.Checkpoint) -> None:
-        """Add the blocks, make the stream, and read what is resident."""
-        plan = self._plan
-        self._store.group(self.group, max(plan.budget_bytes, plan.memory_bytes))
-        units, windows = [], []
-        for unit in plan.units:
-            blocks, views = [], []
-            names: list[str] = []
-            mine: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-            self.names.append(names)
-            for index, run in enumerate(unit.runs):
-                name = f"{self.group}/{unit.name}#{index}"
-                self._store.add_file(
-                    name,
-                    run.tensors[0].file,
-                    run.offset,
-                    run.length,
-                    group=self.group,
-                    decoded_nbytes=run.nbytes if run.encoded else None,
-                )
-                names.append(name)
-                blocks.append((name, _KEEP[run.keep]))
-                for tensor, start in zip(run.tensors, run.starts, strict=True):
-                    info = files.info(tensor.name)
-                    views.append((index, start, info.dtype, info.shape))
-                    mine[not run.resident].append(params[tensor.name])
-            units.append((unit.name, blocks))
-            windows.append(views)
-            self.params.append(mine)
-        self.stream = _core.Stream(self._store, self.group, units)
-        for number, views in enumerate(windows):
-            self.stream.set_windows(number, views)
-        self.stream.reserve(plan.ring_bytes)
-        self.stream.load()
-
-    def bind(self) -> None:
-        """Show the residents; all other parameters are unset."""
-        for unit, (resident, _) in enumerate(self.params):
-            self._show(unit, resident=True, params=resident)
-            self._unset(unit)
 
     def hook(self, model: nn.Module, handles: list[Any]) -> None:
         """Hook the modules that use a streamed unit; add to `handles` as they come."""
@@ -113,7 +69,7 @@ class Units(Uncopied):
         owner = {
             id(p): unit for unit, pair in enumerate(self.params) for part in pair for p in part
         }
-        modules = [[model.get_submodule(unit.name)] for unit in self._plan.units]
+        modules = [[model.get_submodule(name)] for name in self.modules]
         known = [set(map(id, group[0].modules())) for group in modules]
         for module in model.modules():
             for param in module.parameters(recurse=False):
@@ -133,12 +89,16 @@ class Units(Uncopied):
         while held and held[-1] not in self._outer[unit] and held[-1] != unit:
             self._let_go()  # left loaded by an interrupt
         self._settle()
+        self._take(unit, self._timeout)
+
+    def _take(self, unit: int, timeout: float) -> None:
+        """Enter a unit, as one more user of it."""
+        held = self._mine.held
         before = len(held)
         try:
-            if not self.stream.enter(unit, held, self._timeout):
-                return
-            self._show(unit, resident=False, params=self.params[unit][1])
-            self.stream.bound(unit)
+            if self.stream.enter(unit, held, timeout):
+                self._bind(unit)
+                self.stream.bound(unit)
         except BaseException:
             while len(held) > before:
                 self._let_go()
@@ -165,51 +125,40 @@ class Units(Uncopied):
         """Take away the windows of units that nobody uses any more."""
         ended = self._mine.ended
         while ended:
-            self._unset(ended[-1])
+            self._unbind(ended[-1])
             collections.deque(map(self.stream.unbound, map(ended.pop, (-1,))), maxlen=0)
 
     def reclaim(self) -> None:
         """Leave what an interrupt left loaded, in this thread or in one that is no more."""
         mine = self._mine
         for entered in list(self._threads):
-            thread, held, ended = entered
+            thread, held, ended, passes = entered
             if not thread.is_alive() and entered in self._threads:
                 self._threads.remove(entered)
                 mine.held.extend(held)
                 mine.ended.extend(ended)
+                mine.passes.extend(passes)
         while mine.held:
             self._let_go()
         self._settle()
 
-    def _show(self, unit: int, *, resident: bool, params: list[nn.Parameter]) -> None:
-        with torch.inference_mode(False):
-            capsules = self.stream.windows(unit, resident)
-            for param, capsule in zip(params, capsules, strict=True):
-                param.data = from_dlpack(capsule)
+    def _bind(self, unit: int) -> None:
+        """Show what streams of a unit."""
+        self._show(unit, resident=False)
 
-    def _unset(self, unit: int) -> None:
+    def _unbind(self, unit: int) -> None:
+        """Take away what streams of a unit."""
         with torch.inference_mode(False):
             for param in self.params[unit][1]:
                 param.data = unset(param.shape, param.dtype)
 
-    # -- ways out
+    def _show(self, unit: int, *, resident: bool) -> None:
+        with torch.inference_mode(False):
+            capsules = self.stream.windows(unit, resident)
+            for param, capsule in zip(self.params[unit][not resident], capsules, strict=True):
+                param.data = from_dlpack(capsule)
 
-    def copies(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Copies of what streams; nothing is read ahead, since nothing is read twice."""
-        for number, (unit, names, (_, streamed)) in enumerate(
-            zip(self._plan.units, self.names, self.params, strict=True)
-        ):
-            params = iter(streamed)
-            for run, name in zip(unit.runs, names, strict=True):
-                if run.resident:
-                    continue
-                with self._store.lease(name, timeout=self._timeout) as lease:
-                    for start in run.starts:
-                        param = next(params)
-                        dtype = str(param.dtype).removeprefix("torch.")
-                        yield param, from_dlpack(lease.window(start, dtype, param.shape)).clone()
-                self._store.evict(name)
-            self.stream.forget(number)
+    # -- ways out
 
     def unset_all(self) -> None:
         """Unset every parameter, resident ones too."""
@@ -223,26 +172,38 @@ class Units(Uncopied):
             self.stream.close()
 
 
-_Entered = tuple[threading.Thread, list[int], list[int]]
+_Entered = tuple[threading.Thread, list[int], list[int], list[Any]]
 
 
 class _Mine(threading.local):
-    """What one thread entered, the innermost last, and what it has yet to take away.
+    """What one thread entered, the innermost last, what it has yet to take away, and its passes.
 
-    Both are right at any moment that Ctrl-C can strike: the next hook of the thread goes on there,
+    All are right at any moment that Ctrl-C can strike: the next hook of the thread goes on there,
     or, when the thread is no more, the next pass of any other.
     """
 
     def __init__(self, threads: list[_Entered]) -> None:
         self.held: list[int] = []
         self.ended: list[int] = []
-        threads.append((threading.current_thread(), self.held, self.ended))
+        self.passes: list[Any] = []
+        threads.append((threading.current_thread(), self.held, self.ended, self.passes))
 
 
 def unset(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """One NaN (the least value where there is none) expanded to a shape."""
     least = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
     return torch.full((), least, dtype=dtype).expand(shape)
+
+
+def repeats(
+    model: nn.Module, params: dict[str, nn.Parameter], units: dict[str, str]
+) -> dict[str, int]:
+    """In how many modules a unit's weights are: a tied head is used as often in one pass."""
+    shared = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
+    found: dict[str, int] = {}
+    for name, unit in units.items():
+        found[unit] = max(found.get(unit, 1), shared[id(params[name])])
+    return found
 
 
 def materialize(param: nn.Parameter) -> torch.Tensor:

@@ -22,8 +22,9 @@ class Unit:
 def unit_names(names: Iterable[str]) -> dict[str, str]:
     """Give each parameter name the name of its unit.
 
-    A name is cut at its first component made of digits ("model.layers.3"). A name without one
-    loses its last component, the parameter's own name, and then climbs to the parent module as
+    A name is cut at its first component made of digits ("model.layers.3"), but for the last one,
+    the parameter's own name. A name without one
+    loses its last component, and then climbs to the parent module as
     long as that is no ancestor of a numbered unit ("model.visual.merger.linear_fc1" becomes
     "model.visual.merger").
 
@@ -41,7 +42,8 @@ def unit_names(names: Iterable[str]) -> dict[str, str]:
     numbered: dict[str, str] = {}
     ancestors: set[str] = set()
     for name, parts in split.items():
-        cut = next((at for at, part in enumerate(parts) if part.isascii() and part.isdigit()), None)
+        owners = enumerate(parts[:-1])
+        cut = next((at for at, part in owners if part.isascii() and part.isdigit()), None)
         if cut is not None:
             numbered[name] = ".".join(parts[: cut + 1])
             ancestors.update(".".join(parts[:end]) for end in range(1, cut + 1))

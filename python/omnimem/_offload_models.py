@@ -1,0 +1,286 @@
+"""The models that an offloader knows: what is known of each, how they move, and what failed.
+
+The numbers are the store's and the models' own (`Movable`). Kept here, beside the registry, is only
+when a model last moved, and how often it failed to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omnimem._attached import Attached
+from omnimem._offload_choice import Model
+from omnimem.config import parse_size
+from omnimem.errors import ClosedError, Error, LimitError
+from omnimem.store import Store
+
+if TYPE_CHECKING:
+    from omnimem._managed import Movable, Moved
+    from omnimem.store import Usage
+
+__all__ = ["Entry", "Models", "group_of"]
+
+log = logging.getLogger("omnimem.offload")
+
+_PATIENCE = 3
+"""Failures in a row until a model is left alone for a while."""
+_PAUSE, _LONGEST_PAUSE = 60.0, 3600.0
+_PAGE = 4096
+_MEASURED = 16 << 20
+"""Bytes that a rate takes to be believed."""
+
+
+def group_of(model_id: str) -> str:
+    """The store's group of a model."""
+    return f"model:{model_id}"
+
+
+@dataclass
+class Entry:
+    """A model that is registered."""
+
+    movable: Movable
+    model: Any
+    has_origin: bool
+    """Its weights come from a checkpoint, and never have to be written."""
+    slack: int = 0
+    """Memory that its blocks take at most beside the weights: they lie in whole pages."""
+    room: int | None = None
+    """Memory that it was given; None: it gives way."""
+    cap: int | None = None
+    """Most memory that it may be given."""
+    moved: float | None = None
+    """When it last moved, or failed to."""
+    failures: int = 0
+    """In a row."""
+    paused_until: float = 0.0
+    cause: str = ""
+    """Of the last failure."""
+
+    @property
+    def model_id(self) -> str:
+        return self.movable.model_id
+
+    @property
+    def size(self) -> int:
+        """Memory that all its weights take at most."""
+        return self.movable.nbytes + self.slack
+
+    def pause(self, now: float) -> str:
+        """Why its automatic moving pauses; "": it does not."""
+        if now >= self.paused_until:
+            return ""
+        return (
+            f"{self.model_id!r} failed to move {self.failures} times in a row ({self.cause}); "
+            f"automatic moving pauses for {self.paused_until - now:.0f} s more"
+        )
+
+    def offload(self, target: str, timeout: float) -> Moved | str:
+        """Move it; what went wrong, as text, where it is as it was."""
+        self.room = None
+        try:
+            moved = self.movable.offload(target, timeout)
+        except ClosedError:
+            raise
+        except (Error, OSError, MemoryError) as error:
+            self._fail(error)
+            log.warning("offloading %r to %s failed: %s", self.model_id, target, self.cause)
+            return f"{self.model_id!r} is as it was, since moving it to {target} failed: {error}"
+        self._succeed()
+        return moved
+
+    def restore(self, room: int | None, target: str | None, timeout: float) -> Moved:
+        """Bring it back, within `room` bytes of memory; None: all of it."""
+        if self.cap is not None and (room is None or room > self.cap):
+            room = self.cap
+        self.room = self.movable.nbytes if room is None else room  # others may take it meanwhile
+        try:
+            moved = self.movable.restore(room, target, timeout)
+        except (ClosedError, LimitError):
+            self.room = None
+            raise
+        except (Error, OSError, MemoryError) as error:
+            self.room = None
+            self._fail(error)
+            log.warning("bringing %r back failed: %s", self.model_id, self.cause)
+            raise
+        self._succeed()
+        return moved
+
+    def let_go(self) -> None:
+        """End its management: give its weights back where they are nowhere else."""
+        if self.has_origin:
+            self.movable.close()
+        else:
+            self.movable.release()
+
+    def _succeed(self) -> None:
+        self.moved = time.monotonic()
+        self.failures, self.paused_until, self.cause = 0, 0.0, ""
+
+    def _fail(self, error: Exception) -> None:
+        self.moved = time.monotonic()
+        self.failures += 1
+        self.cause = f"{type(error).__name__}: {error}"
+        if self.failures >= _PATIENCE:
+            pause = min(_PAUSE * 2.0 ** (self.failures - _PATIENCE), _LONGEST_PAUSE)
+            self.paused_until = self.moved + pause
+
+
+class Models:
+    """Models of one store, by id."""
+
+    def __init__(self, store: Store, window: float) -> None:
+        self.store = store
+        self.limit = parse_size(store.config.host_limit)
+        """Bytes of memory that the store may have."""
+        self._window = window
+        self._entries: dict[str, Entry] = {}
+        self._numbers = itertools.count(1)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(list(self._entries.values()))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, model_id: str) -> Entry | None:
+        return self._entries.get(model_id)
+
+    def known(self, model: Any) -> Entry | None:
+        """The entry of a model that is registered."""
+        return next((entry for entry in self if entry.model is model), None)
+
+    def add(
+        self,
+        model: Any,
+        model_id: str | None = None,
+        model_dir: str | os.PathLike[str] | None = None,
+        *,
+        resident: bool = True,
+    ) -> Entry:
+        """Register a model that is not; see `manage`."""
+        if model_id is None:
+            names = (f"{type(model).__name__}-{number}" for number in self._numbers)
+            model_id = next(name for name in names if name not in self._entries)
+        if model_id in self._entries:
+            raise ValueError(f"another model is registered as {model_id!r}; unregister it first")
+        from omnimem._managed import manage
+
+        movable = manage(model, self.store, model_id, model_dir=model_dir, resident=resident)
+        entry = self._entries[model_id] = Entry(movable, model, model_dir is not None)
+        entry.slack = self.store.group_stats(movable.group).blocks * 2 * _PAGE
+        if resident:
+            entry.room = movable.nbytes
+        if getattr(model, "omnimem", None) is movable:
+            model.omnimem = Attached(self, entry)
+        return entry
+
+    def find(self, model_id: str) -> Entry:
+        """The entry of an id.
+
+        Raises
+        ------
+        KeyError
+            There is none.
+        """
+        entry = self._entries.get(model_id)
+        if entry is None:
+            known = ", ".join(map(repr, self._entries)) or "none"
+            raise KeyError(f"no model is registered as {model_id!r}; known are {known}")
+        return entry
+
+    def remove(self, entry: Entry) -> None:
+        """Forget a model that was released or closed."""
+        self._entries.pop(entry.model_id, None)
+        entry.movable.on_use = None
+        handle = getattr(entry.model, "omnimem", None)
+        if isinstance(handle, Attached) and handle._entry is entry:
+            del entry.model.omnimem
+
+    def stays(self, entry: Entry) -> str:
+        """Why a model's memory cannot go to disk; "": it can."""
+        if entry.has_origin or parse_size(self.store.config.disk_limit) > 0:
+            return ""
+        return (
+            f"{entry.model_id!r} stays in memory: it has no checkpoint to come back from, and the "
+            "store no disk (disk_limit=0)"
+        )
+
+    def room(self, entry: Entry) -> int:
+        """Bytes that the store's limit allows a model, beside what others use right now."""
+        busy = sum(each.size for each in self if each is not entry and each.movable.in_use)
+        return max(self.limit - busy - entry.slack, 0)
+
+    def spare(self) -> int:
+        """Bytes of the store that no model was given; below 0: they were given too many."""
+        given = [
+            min(each.room, each.movable.nbytes) + each.slack
+            for each in self
+            if each.room is not None
+        ]
+        return self.limit - sum(given)
+
+    def idle(self, entry: Entry) -> int:
+        """Bytes of other models that give way to one by themselves."""
+        others = [each for each in self if each is not entry and each.room is None]
+        return sum(each.movable.host_bytes() for each in others)
+
+    def rest(self, entry: Entry) -> list[Entry]:
+        """Have models that nobody uses give way to one; those that did not before."""
+        rested = []
+        for each in self:
+            if each is not entry and each.room is not None and not each.movable.in_use:
+                each.room = None
+                each.movable.offload("cpu")
+                rested.append(each)
+        return rested
+
+    def use(self, model_id: str) -> Usage:
+        """How a model is used."""
+        return self.store.usage(group_of(model_id), self._window)
+
+    def describe(self, model_id: str, now: float) -> Model:
+        """What is known of a model, registered or not, as the choice takes it."""
+        use = self.use(model_id)
+        seen: dict[str, Any] = {
+            "last": use.last or None,
+            "gap": use.gap or None,
+            "next": use.next or None,
+            "recent": use.recent,
+        }
+        entry = self._entries.get(model_id)
+        if entry is None:
+            return Model(model_id=model_id, busy=use.busy > 0, **seen)
+        host = entry.movable.host_bytes()
+        seconds, writes = self._cost(entry, host)
+        return Model(
+            model_id=model_id,
+            host_bytes=host,
+            missing_bytes=entry.movable.missing_bytes(),
+            seconds_per_byte=seconds,
+            writes=writes,
+            busy=use.busy > 0 or entry.movable.in_use,
+            moved=entry.moved,
+            stays=entry.pause(now) or self.stays(entry),
+            **seen,
+        )
+
+    def _cost(self, entry: Entry, host_bytes: int) -> tuple[float | None, bool]:
+        """Seconds to bring a byte back, and to write it where it has to be; and whether it has."""
+        stats = self.store.stats()
+        writes = False
+        if not entry.has_origin:
+            writes = self.store.group_stats(entry.movable.group).disk_bytes < host_bytes
+        if stats.read_bytes < _MEASURED or (writes and stats.written_bytes < _MEASURED):
+            return None, writes
+        seconds = stats.read_busy_seconds / stats.read_bytes
+        if writes:
+            seconds += stats.write_busy_seconds / stats.written_bytes
+        return seconds, writes

@@ -1,0 +1,117 @@
+"""Stand-ins for tests of the offloader: pressure as a test wants it, models that fail when told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from omnimem import MonitorConfig
+from omnimem._managed import Moved
+
+MIB = 1 << 20
+
+
+class Samples:
+    """Stands for `_core.Monitor`: says what it was told last."""
+
+    def __init__(self) -> None:
+        self.running = True
+        self._changed = threading.Condition()
+        self._report: dict[str, Any] = {
+            "number": 1,
+            "usage": 0.1,
+            "total": 1000 * MIB,
+            "slope": None,
+            "seconds_to_exhaustion": None,
+        }
+
+    def tell(self, usage: float, slope: float | None = None) -> None:
+        """A sample: so much is in use, and grows by so many bytes a second."""
+        with self._changed:
+            known = None if slope is None or slope <= 0 else (1 - usage) * 1000 * MIB / slope
+            self._report = {
+                **self._report,
+                "number": self._report["number"] + 1,
+                "usage": usage,
+                "slope": slope,
+                "seconds_to_exhaustion": known,
+            }
+            self._changed.notify_all()
+
+    def sample(self) -> dict[str, Any]:
+        self.tell(self._report["usage"], self._report["slope"])
+        return self._report
+
+    def report(self) -> dict[str, Any]:
+        return self._report
+
+    def wait(self, since: int, level: int | None = None, timeout: float | None = None) -> int:
+        with self._changed:
+            self._changed.wait_for(lambda: self._report["number"] > since, timeout)
+            return self._report["number"] if self._report["number"] > since else -1
+
+
+class Watch:
+    """Stands for `MemoryMonitor`."""
+
+    def __init__(self) -> None:
+        self.config = MonitorConfig(monitoring_interval=0.05)
+        self._core = Samples()
+
+    def tell(self, usage: float, slope: float | None = None) -> None:
+        self._core.tell(usage, slope)
+
+
+class Weights:
+    """Stands for `Movable`: bytes that are in memory or not, and errors as ordered."""
+
+    def __init__(self, model_id: str, nbytes: int) -> None:
+        self.model_id = model_id
+        self.group = f"model:{model_id}"
+        self.nbytes = nbytes
+        self.inside = nbytes
+        self.in_use = False
+        self.state = "resident"
+        self.failure: Exception | None = None
+        self.held: tuple[tuple[str, int], ...] = ()
+        self.calls: list[tuple[Any, ...]] = []
+        self.on_use: Callable[[Any], None] | None = None
+
+    def host_bytes(self) -> int:
+        return self.inside
+
+    def missing_bytes(self) -> int:
+        return self.nbytes - self.inside
+
+    def _go(self, *call: Any) -> None:
+        self.calls.append(call)
+        if self.failure is not None:
+            raise self.failure
+
+    def offload(self, target: str, timeout: float = 30.0) -> Moved:
+        self._go("offload", target)
+        gone = self.inside if target == "disk" else 0
+        self.inside -= gone
+        self.state = "disk" if target == "disk" else "evictable"
+        return Moved(gone, self.held, False)
+
+    def restore(
+        self, room: int | None = None, target: str | None = None, timeout: float = 30.0
+    ) -> Moved:
+        self._go("restore", room)
+        before, self.inside = self.inside, min(self.nbytes, self.nbytes if room is None else room)
+        streams = self.inside < self.nbytes
+        self.state = "streams" if streams else "resident"
+        return Moved(self.inside - before, (), streams)
+
+    def resize(self, room: int) -> None:
+        self._go("resize", room)
+        self.inside = min(self.nbytes, room)
+        self.state = "streams" if room < self.nbytes else "resident"
+
+    def release(self) -> None:
+        self._go("release")
+
+    def close(self) -> None:
+        self._go("close")

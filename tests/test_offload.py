@@ -1,0 +1,363 @@
+"""The offloader: what it is asked, what it does by itself, and what it does when that fails."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import omnimem
+from omnimem import AutomaticOffloader, OffloadConfig, _managed, _offload_models
+
+from .offloading import MIB, Watch, Weights
+
+EAGER = OffloadConfig(min_offload_interval=0.0)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.002)
+
+
+def our_threads() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name == "omnimem-offload"]
+
+
+@pytest.fixture
+def watch() -> Watch:
+    return Watch()
+
+
+@pytest.fixture
+def weights(monkeypatch: pytest.MonkeyPatch) -> dict[str, Weights]:
+    """Models of 100 MiB that are registered from now on, by id."""
+    made: dict[str, Weights] = {}
+
+    def manage(model: Any, store: Any, model_id: str, **_: Any) -> Weights:
+        made[model_id] = Weights(model_id, 100 * MIB)
+        return made[model_id]
+
+    monkeypatch.setattr(_managed, "manage", manage)
+    return made
+
+
+@pytest.fixture
+def open_offloader(
+    open_store: Callable[..., omnimem.Store], watch: Watch, request: pytest.FixtureRequest
+) -> Callable[..., AutomaticOffloader]:
+    def open_one(config: OffloadConfig | None = None, **fields: Any) -> AutomaticOffloader:
+        store = open_store(**{"host_limit": "1GiB"} | fields)
+        offloader = AutomaticOffloader(watch, config, store=store)  # type: ignore[arg-type]
+        request.addfinalizer(offloader.close)
+        return offloader
+
+    return open_one
+
+
+# ---- ids ----
+
+
+def test_an_id_needs_no_registration(
+    open_offloader: Callable[..., AutomaticOffloader], watch: Watch
+) -> None:
+    offloader = open_offloader()
+    decision = offloader.should_offload("a")
+    assert not decision
+    assert "below offload_threshold" in decision.reason
+    watch.tell(0.9)
+    decision = offloader.should_offload("a")
+    assert decision
+    assert "never used" in decision.reason
+    offloader.record_usage("a")
+    assert "last used" in offloader.should_offload("a").reason
+    assert len(offloader.decisions) == 0
+
+
+def test_only_moving_needs_the_model(open_offloader: Callable[..., AutomaticOffloader]) -> None:
+    offloader = open_offloader()
+    for move in (offloader.offload_model, offloader.restore_model, offloader.unregister):
+        with pytest.raises(KeyError, match="'a'"):
+            move("a")
+
+
+def test_the_one_used_longest_ago_gives(
+    open_offloader: Callable[..., AutomaticOffloader], watch: Watch
+) -> None:
+    offloader = open_offloader()
+    for name in "abc":
+        offloader.record_usage(name)
+    watch.tell(0.9)
+    models = {name: offloader._models.describe(name, time.monotonic()) for name in "abc"}
+    assert models["a"].last < models["b"].last < models["c"].last  # type: ignore[operator]
+
+
+def test_register(
+    open_offloader: Callable[..., AutomaticOffloader], weights: dict[str, Weights]
+) -> None:
+    offloader = open_offloader()
+    first, second = {"w": 1}, {"w": 1}
+    assert offloader.register(first, "a") == "a"
+    assert offloader.register(first) == "a"
+    assert offloader.register(second) == "dict-1"
+    with pytest.raises(ValueError, match="'a'"):
+        offloader.register(second, "a")
+    with pytest.raises(ValueError, match="'a'"):
+        offloader.register({}, "a")
+    offloader.unregister(first)
+    assert weights["a"].calls == [("release",)]
+    with pytest.raises(KeyError):
+        offloader.offload_model("a")
+    assert offloader.register(first, "b") == "b"
+
+
+# ---- moving ----
+
+
+def test_offload_and_restore(
+    open_offloader: Callable[..., AutomaticOffloader], weights: dict[str, Weights], watch: Watch
+) -> None:
+    offloader = open_offloader()
+    model = {"w": 1}
+    offloader.register(model, "a")
+    weights["a"].held = (("a.w", 5),)
+    gone = offloader.offload_model(model, "disk")
+    assert (gone.action, gone.nbytes, gone.held) == ("offload", 100 * MIB, (("a.w", 5),))
+    assert "a.w (5 bytes)" in gone.reason
+    assert weights["a"].host_bytes() == 0
+    back = offloader.restore_model("a")
+    assert (back.action, back.nbytes) == ("restore", 100 * MIB)
+    assert weights["a"].calls == [("offload", "disk"), ("restore", None)]
+    again = offloader.restore_model(model)
+    assert not again
+    assert "all of 'a' is in memory" in again.reason
+    assert list(offloader.decisions) == [gone, back, again]
+    with pytest.raises(ValueError, match="'tape'"):
+        offloader.offload_model(model, "tape")
+
+
+def test_a_restore_that_would_press_streams(
+    open_offloader: Callable[..., AutomaticOffloader], weights: dict[str, Weights], watch: Watch
+) -> None:
+    offloader = open_offloader()
+    offloader.register({}, "a")
+    offloader.offload_model("a", "disk")
+    watch.tell(0.74)
+    decision = offloader.restore_model("a")
+    assert decision.action == "stream"
+    assert "80.0%" in decision.reason
+    assert 59 * MIB < weights["a"].host_bytes() <= 60 * MIB
+
+
+def test_a_store_that_is_too_small_has_models_stream(
+    open_offloader: Callable[..., AutomaticOffloader], weights: dict[str, Weights]
+) -> None:
+    offloader = open_offloader(host_limit=130 * MIB)
+    for name in "ab":
+        offloader.register({"w": name}, name)
+        offloader.offload_model(name, "disk")
+    offloader.restore_model("a")
+    weights["a"].in_use = True
+    decision = offloader.restore_model("b")
+    assert decision.action == "stream"
+    assert "the budget" in decision.reason
+    assert weights["b"].host_bytes() == 30 * MIB
+
+
+def test_without_a_disk_nothing_goes_there(
+    open_offloader: Callable[..., AutomaticOffloader], weights: dict[str, Weights], watch: Watch
+) -> None:
+    offloader = open_offloader(disk_limit=0)
+    offloader.register({"w": 1}, "a")
+    offloader.register({"w": 2}, "b", model_dir="somewhere")
+    watch.tell(0.95)
+    for decision in (offloader.offload_model("a", "disk"), offloader.should_offload("a")):
+        assert not decision
+        assert "disk_limit=0" in decision.reason
+    assert weights["a"].calls == []
+    assert offloader.should_offload("b")
+    assert offloader.offload_model("a", "cpu")
+
+
+def test_switched_off(
+    open_offloader: Callable[..., AutomaticOffloader], weights: dict[str, Weights], watch: Watch
+) -> None:
+    offloader = open_offloader(OffloadConfig(enable_auto_offload=False))
+    offloader.register({}, "a")
+    offloader.start()
+    assert not offloader.running
+    assert our_threads() == []
+    watch.tell(0.99)
+    decision = offloader.should_offload("a")
+    assert not decision
+    assert "enable_auto_offload=False" in decision.reason
+    assert offloader.offload_model("a", "disk")  # asked for, it does
+
+
+# ---- failures ----
+
+
+def test_a_failure_is_told_and_leaves_the_model(
+    open_offloader: Callable[..., AutomaticOffloader],
+    weights: dict[str, Weights],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    offloader = open_offloader()
+    offloader.register({}, "a")
+    weights["a"].failure = omnimem.DiskFullError("disk: need 5, free 3")
+    with caplog.at_level(logging.WARNING, "omnimem.offload"):
+        decision = offloader.offload_model("a", "disk")
+    assert not decision
+    assert "as it was" in decision.reason
+    assert "need 5, free 3" in decision.reason
+    assert weights["a"].host_bytes() == 100 * MIB
+    [record] = caplog.records
+    assert "need 5, free 3" in record.getMessage()
+    offloader._models.find("a").movable.inside = 0  # type: ignore[attr-defined]
+    weights["a"].failure = omnimem.CorruptError("model.safetensors changed")
+    with pytest.raises(omnimem.CorruptError, match=r"model\.safetensors"):
+        offloader.restore_model("a")
+    weights["a"].failure = None
+    assert offloader.restore_model("a")
+
+
+def test_failures_in_a_row_pause(
+    open_offloader: Callable[..., AutomaticOffloader],
+    weights: dict[str, Weights],
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(_offload_models, "time", clock)
+    monkeypatch.setattr(omnimem.offload, "time", clock)
+    offloader = open_offloader(EAGER)
+    offloader.register({}, "a")
+    weights["a"].failure = omnimem.DiskFullError("disk: need 5, free 3")
+    watch.tell(0.9)
+    for _ in range(2):
+        offloader.offload_model("a", "disk")
+        assert offloader.should_offload("a")
+    for pause in (60, 120, 240):
+        offloader.offload_model("a", "disk")
+        decision = offloader.should_offload("a")
+        assert not decision
+        assert f"pauses for {pause} s more" in decision.reason
+        assert "need 5, free 3" in decision.reason
+        clock.now += pause - 1
+        assert not offloader.should_offload("a")
+        clock.now += 1
+        assert offloader.should_offload("a")
+    weights["a"].failure = None
+    assert offloader.offload_model("a", "disk")
+    weights["a"].failure = omnimem.DiskFullError("disk: need 5, free 3")
+    offloader.offload_model("a", "cpu")
+    assert "pauses" not in offloader.should_offload("a").reason
+    weights["a"].failure = None
+
+
+# ---- by itself ----
+
+
+def test_it_acts_by_itself(
+    open_offloader: Callable[..., AutomaticOffloader], weights: dict[str, Weights], watch: Watch
+) -> None:
+    offloader = open_offloader(EAGER)
+    for name in "abc":
+        offloader.register({"w": name}, name)
+    for name in "bca":
+        offloader.record_usage(name)
+    weights["b"].in_use = True
+    offloader.start()
+    offloader.start()
+    assert our_threads() == ["omnimem-offload"]
+    watch.tell(0.65)
+    watch.tell(0.65)
+    assert list(offloader.decisions) == []
+    watch.tell(0.65 + 0.16)
+    until(lambda: len(offloader.decisions) >= 2, "nothing gave way")
+    assert {each.model_id for each in offloader.decisions} == {"a", "c"}
+    assert offloader.decisions[0].model_id == "c"
+    assert "at or above offload_threshold" in offloader.decisions[0].reason
+    assert weights["b"].calls == []
+    offloader.stop()
+    offloader.stop()
+    assert our_threads() == []
+    assert not offloader.running
+
+
+def test_it_takes_samples_where_the_monitor_does_not(
+    open_offloader: Callable[..., AutomaticOffloader], weights: dict[str, Weights], watch: Watch
+) -> None:
+    offloader = open_offloader(EAGER)
+    offloader.register({}, "a")
+    watch.tell(0.9)
+    watch._core.running = False
+    offloader.start()
+    until(lambda: bool(weights["a"].calls), "nothing gave way")
+    before = watch._core.report()["number"]
+    until(lambda: watch._core.report()["number"] > before + 2, "no more samples")
+
+
+def test_it_goes_on_after_an_error(
+    open_offloader: Callable[..., AutomaticOffloader],
+    weights: dict[str, Weights],
+    watch: Watch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    offloader = open_offloader(EAGER)
+    offloader.register({}, "a")
+    weights["a"].failure = ZeroDivisionError("a bug")
+    offloader.start()
+    watch.tell(0.9)
+    until(lambda: "a bug" in caplog.text, "the error is not told")
+    weights["a"].failure = None
+    watch.tell(0.91)
+    until(lambda: bool(offloader.decisions), "it does not go on")
+
+
+def test_dropped_it_ends(
+    open_store: Callable[..., omnimem.Store], watch: Watch, weights: dict[str, Weights]
+) -> None:
+    offloader = AutomaticOffloader(watch, store=open_store())  # type: ignore[arg-type]
+    offloader.start()
+    assert our_threads() == ["omnimem-offload"]
+    del offloader
+    gc.collect()
+    until(lambda: our_threads() == [], "its thread goes on")
+
+
+def test_close(
+    open_store: Callable[..., omnimem.Store], watch: Watch, weights: dict[str, Weights]
+) -> None:
+    store = open_store()
+    with AutomaticOffloader(watch, store=store) as offloader:  # type: ignore[arg-type]
+        offloader.register({"w": 1}, "own")
+        offloader.register({"w": 2}, "read", model_dir="somewhere")
+        offloader.start()
+    assert weights["own"].calls == [("release",)]
+    assert weights["read"].calls == [("close",)]
+    assert our_threads() == []
+    offloader.close()
+    for call in (
+        lambda: offloader.should_offload("own"),
+        lambda: offloader.record_usage("own"),
+        lambda: offloader.offload_model("own"),
+        lambda: offloader.register({}),
+        offloader.start,
+    ):
+        with pytest.raises(omnimem.ClosedError):
+            call()
+    assert "closed" in repr(offloader)
+    store.add("still open", b"x")
