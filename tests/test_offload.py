@@ -363,6 +363,24 @@ def test_it_brings_back_no_more_than_there_is_room_for(
     assert [weights[name].calls[-1] for name in back] == [("offload", "cpu")] * 2
 
 
+def test_what_would_press_does_not_come_back_by_itself(
+    open_offloader: Callable[..., AutomaticOffloader],
+    weights: dict[str, Weights],
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    offloader = open_offloader(OffloadConfig(offload_threshold=0.65, min_offload_interval=0.0))
+    offloader.register({}, "a")
+    offloader.offload_model("a", "disk")
+    expect(offloader, monkeypatch, "a")
+    watch.tell(0.59)
+    offloader._step(watch._core.report())
+    assert weights["a"].calls == [("offload", "disk")]
+    watch.tell(0.5)
+    offloader._step(watch._core.report())
+    assert weights["a"].calls[1:] == [("restore", None)]
+
+
 def test_stop_does_not_wait_for_a_sample(
     open_offloader: Callable[..., AutomaticOffloader], watch: Watch
 ) -> None:
