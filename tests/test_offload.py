@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -295,6 +296,99 @@ def test_it_acts_by_itself(
     offloader.stop()
     assert our_threads() == []
     assert not offloader.running
+
+
+def expect(offloader: AutomaticOffloader, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Have these models be used within the next second."""
+    soon = time.monotonic() + 0.5
+
+    def use(model_id: str) -> SimpleNamespace:
+        due = soon if model_id in names else 0.0
+        return SimpleNamespace(last=soon - 60, gap=60.0, next=due, recent=2, busy=0)
+
+    monkeypatch.setattr(offloader._models, "use", use)
+
+
+def test_it_brings_back_what_is_used_next(
+    open_offloader: Callable[..., AutomaticOffloader],
+    weights: dict[str, Weights],
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    offloader = open_offloader(EAGER)
+    for name in "abc":
+        offloader.register({"w": name}, name)
+        offloader.offload_model(name, "disk")
+    expect(offloader, monkeypatch, "b")
+    watch.tell(0.65)
+    offloader._step(watch._core.report())
+    assert len(offloader.decisions) == 3
+    watch.tell(0.4)
+    offloader._step(watch._core.report())
+    [back] = list(offloader.decisions)[3:]
+    assert (back.action, back.model_id) == ("restore", "b")
+    assert weights["b"].host_bytes() == 100 * MIB
+    assert weights["a"].host_bytes() == weights["c"].host_bytes() == 0
+
+
+def test_it_brings_back_no_more_than_there_is_room_for(
+    open_offloader: Callable[..., AutomaticOffloader],
+    weights: dict[str, Weights],
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    offloader = open_offloader(EAGER, host_limit=250 * MIB)
+    for name in "abc":
+        offloader.register({"w": name}, name)
+        offloader.offload_model(name, "disk")
+    expect(offloader, monkeypatch, "a", "b", "c")
+    watch.tell(0.1)
+    offloader._step(watch._core.report())
+    back = [each.model_id for each in list(offloader.decisions)[3:]]
+    assert len(back) == 2  # of the third only a part would fit
+    offloader._step(watch._core.report())
+    assert len(offloader.decisions) == 5
+    [absent] = {*"abc"} - {*back}
+    assert weights[absent].calls == [("offload", "disk")]
+
+    # Another model takes the room after it was looked at.
+    entry = offloader._models.find(absent)
+    plan = omnimem.OffloadDecision(action="restore", model_id=absent, reason="planned before")
+    offloader._fetch(entry, plan)
+    assert entry.room is None
+    assert weights[absent].calls == [("offload", "disk")]
+
+    # Asked for, those that nobody uses make way.
+    assert offloader.restore_model(absent).action == "restore"
+    assert [weights[name].calls[-1] for name in back] == [("offload", "cpu")] * 2
+
+
+def test_what_would_press_does_not_come_back_by_itself(
+    open_offloader: Callable[..., AutomaticOffloader],
+    weights: dict[str, Weights],
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    offloader = open_offloader(OffloadConfig(offload_threshold=0.65, min_offload_interval=0.0))
+    offloader.register({}, "a")
+    offloader.offload_model("a", "disk")
+    expect(offloader, monkeypatch, "a")
+    watch.tell(0.59)
+    offloader._step(watch._core.report())
+    assert weights["a"].calls == [("offload", "disk")]
+    watch.tell(0.5)
+    offloader._step(watch._core.report())
+    assert weights["a"].calls[1:] == [("restore", None)]
+
+
+def test_stop_does_not_wait_for_a_sample(
+    open_offloader: Callable[..., AutomaticOffloader], watch: Watch
+) -> None:
+    offloader = open_offloader()
+    offloader._interval = 600.0
+    offloader.start()
+    offloader.stop()
+    assert our_threads() == []
 
 
 def test_it_takes_samples_where_the_monitor_does_not(

@@ -253,9 +253,10 @@ class AutomaticOffloader:
                     at=now,
                 )
             )
-        decision = restore(
-            known, self._memory(), self.config, now, self._room(entry), self._models.idle(entry)
-        )
+        if known.missing_bytes > self._models.spare():
+            self._models.rest(entry)
+        room, idle = self._room(entry), self._models.idle(entry)
+        decision = restore(known, self._memory(), self.config, now, room, idle)
         return self._restore(entry, decision, target_device, timeout)
 
     # -- by itself -------------------------------------------------------------------------------
