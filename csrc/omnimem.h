@@ -91,7 +91,9 @@ struct om_group_stats {
 	uint64_t swapped; /* blocks whose only bytes lie below HOST, written there by the store */
 	uint64_t host_bytes, host_peak_bytes, disk_bytes; /* extents of their copies */
 	uint64_t idle_bytes;                              /* of host_bytes, those that may go now */
-	uint64_t limit_bytes;                             /* 0: only the store's binds */
+	uint64_t
+		spare_bytes; /* of idle_bytes, those of blocks with an origin: they go for nothing */
+	uint64_t limit_bytes;  /* 0: only the store's binds */
 	uint64_t packed_bytes; /* of host_bytes, those of encoded forms */
 	uint64_t
 		gone_bytes; /* of blocks that lost their name while somebody holds them: not in host_bytes */
@@ -265,7 +267,9 @@ struct om_stats {
 	struct om_tier_stats host, disk;
 	uint64_t packed_bytes; /* of host.used_bytes, those of encoded forms */
 	uint64_t packed_peak_bytes;
-	uint64_t idle_bytes;     /* of host.used_bytes, those that may go now */
+	uint64_t idle_bytes; /* of host.used_bytes, those that may go now */
+	uint64_t
+		spare_bytes; /* of idle_bytes, those of blocks with an origin: they go for nothing */
 	uint64_t exported_bytes; /* of blocks with a live view (buffer, DLPack) */
 	uint64_t blocks, leases;
 	/* leases that found the bytes in HOST, or did not; asked for again after OM_EBUSY: counted once */
@@ -769,9 +773,10 @@ int om_pressure_trend(struct om_pressure *p);
  * each GPU by its share in use; the highest counts), keeps their history, and with `act` has the stores and
  * banks that it watches give memory back:
  * from MEDIUM on what nobody uses; from HIGH on what the C library holds, too, and idle bytes of the stores, so that
- * less is in use than where the level is left, at most a twentieth of all in one step unless it is CRITICAL, in
- * proportion to what each has idle; none while use falls by itself by 15 % a sample. What a GPU lacks, no store
- * can give. */
+ * less is in use, spare ones included, than where the level is left, at most a twentieth of all in one step unless
+ * it is CRITICAL, in proportion to what each has idle; none while use falls by itself by 15 % a sample. At any
+ * level idle bytes go when less is left than stores leave by themselves (om_store_press). What a GPU lacks, no
+ * store can give. */
 struct om_monitor_config {
 	double thresholds[3]; /* shares in use at which MEDIUM, HIGH and CRITICAL begin */
 	uint64_t
@@ -816,13 +821,16 @@ struct om_report {
 	uint64_t wall_ns; /* CLOCK_REALTIME */
 	struct om_sample sample;
 	unsigned tightest; /* which place */
+	/* Of what is in use there: idle blocks, of stores that are watched and pressed, that lie in files too. Like page cache
+	 * that can be dropped at once they are not in use for levels and trend: they go before memory runs out. */
+	uint64_t spare_bytes;
 	enum om_level level, ram_level, gpu_levels[OM_GPUS];
 	uint64_t level_since_ns;
 	uint64_t transitions[4]; /* by level entered */
 	char cause[512];         /* of the level, in numbers; "" when it is LOW */
 	/* Shares of time stalled, over a second or since the last sample if that is longer; NaN: unknown. */
 	double some, full;
-	/* Of the bytes in use at the tightest place, by the line through the last 30 s. */
+	/* Of the bytes in use at the tightest place, without the spare ones, by the line through the last 30 s. */
 	unsigned samples;
 	double slope, r2; /* bytes a second; NaN with fewer than 8 samples */
 	double seconds_left; /* NaN unless it rises, has risen for the last 5 s too, r2 >= 0.5, and the line is a

@@ -267,11 +267,13 @@ static PyObject *tell(const struct om_report *r)
 	const struct om_place *p = &s->places[r->tightest];
 
 	return Py_BuildValue(
-		"{sK sd sd si sd sN sd sK sK sN sN sN sN sN sN sN sN sN sN sI ss sN sd sd sd sN sN}",
+		"{sK sd sd si sd sN sd sK sK sK sN sN sN sN sN sN sN sN sN sN sI ss sN sd sd sd sN sN}",
 		"number", (unsigned long long)r->number, "time", seconds(s->at_ns), "wall",
 		seconds(r->wall_ns), "level", (int)r->level, "level_since",
 		seconds(r->level_since_ns), "cause", text(r->cause), "usage",
-		1.0 - (double)p->available_bytes / (double)p->limit_bytes, "total",
+		1.0 - (double)p->available_bytes / (double)p->limit_bytes -
+			(double)OM_MIN(p->used_bytes, r->spare_bytes) / (double)p->limit_bytes,
+		"spare", (unsigned long long)r->spare_bytes, "total",
 		(unsigned long long)p->limit_bytes, "available",
 		(unsigned long long)p->available_bytes, "source", text(p->source), "places",
 		list_of(s->place_count, make_place, r), "swap",

@@ -415,6 +415,7 @@ static PyObject *stats_dict(const struct om_stats *s)
 		{ "packed_bytes", s->packed_bytes },
 		{ "packed_peak_bytes", s->packed_peak_bytes },
 		{ "idle_bytes", s->idle_bytes },
+		{ "spare_bytes", s->spare_bytes },
 		{ "blocks", s->blocks },
 		{ "leases", s->leases },
 		{ "hits", s->hits },

@@ -101,6 +101,18 @@ static void follow(struct om_assessor *a, const struct om_place *p)
 	a->fill = 0;
 }
 
+/* Bytes in use for levels and trend. */
+static uint64_t used_of(const struct om_report *r, const struct om_place *p)
+{
+	return p->used_bytes - OM_MIN(p->used_bytes, r->spare_bytes);
+}
+
+static double usage_of(const struct om_report *r, const struct om_place *p)
+{
+	return om_place_usage(p) -
+	       (double)OM_MIN(p->used_bytes, r->spare_bytes) / (double)p->limit_bytes;
+}
+
 static void read_trend(struct om_assessor *a, struct om_report *r, const struct om_place *p)
 {
 	double dead = DEAD_SHARE * (double)p->limit_bytes;
@@ -109,7 +121,7 @@ static void read_trend(struct om_assessor *a, struct om_report *r, const struct 
 	struct om_fit fit;
 
 	if (!a->trend_ns || now - a->trend_ns >= TREND_APART_NS) {
-		om_trend_feed(&a->trend, now, (double)p->used_bytes);
+		om_trend_feed(&a->trend, now, (double)used_of(r, p));
 		a->trend_ns = now;
 	}
 	fit = om_trend_fit(&a->trend, TREND_NS);
@@ -126,7 +138,7 @@ static void read_trend(struct om_assessor *a, struct om_report *r, const struct 
 		r->course = OM_OSCILLATING;
 	if (fit.r2 >= TREND_TRUST && fit.slope > 0 &&
 	    !(om_trend_fit(&a->trend, LATELY_NS).slope <= dead))
-		left = (double)p->available_bytes / fit.slope;
+		left = (double)(p->limit_bytes - used_of(r, p)) / fit.slope;
 	r->seconds_left = left <= TREND_REACH * fit.seconds ? left : NAN;
 }
 
@@ -156,7 +168,7 @@ static void tell_ram_cause(struct om_assessor *a, const struct om_report *r,
 	*at = '\0';
 	if (s->level == OM_LOW)
 		return;
-	n = snprintf(at, room, "RAM %.1f %% in use of %s (%.160s)", om_place_usage(p) * 100,
+	n = snprintf(at, room, "RAM %.1f %% in use of %s (%.160s)", usage_of(r, p) * 100,
 	             om_size_text(p->limit_bytes, size), p->source);
 	at += n;
 	room -= (size_t)n;
@@ -220,7 +232,7 @@ void om_assess_step(struct om_assessor *a, struct om_report *r)
 {
 	const struct om_sample *s = &r->sample;
 	const struct om_place *p = om_sample_tightest(s);
-	struct om_reading x = { .at_ns = s->at_ns, .usage = om_place_usage(p) };
+	struct om_reading x = { .at_ns = s->at_ns, .usage = usage_of(r, p) };
 	int gpu;
 
 	r->number = ++a->number;

@@ -139,7 +139,7 @@ static uint64_t taken(const struct om_block *b)
 /* What a change of state, leases or pin may change in the group's counts. */
 struct counts {
 	bool idle, swapped, doubled;
-	uint64_t idle_bytes;
+	uint64_t idle_bytes, spare_bytes;
 };
 
 static struct counts counts_of(const struct om_block *b)
@@ -147,7 +147,8 @@ static struct counts counts_of(const struct om_block *b)
 	bool idle = b->host == OM_COPY_VALID && !b->leases && !b->pinned;
 
 	return (struct counts){ idle, om_block_swapped(b), idle && b->body->packed,
-		                idle ? taken(b) : 0 };
+		                idle ? taken(b) : 0,
+		                idle && om_block_has_origin(b) ? taken(b) : 0 };
 }
 
 /* Keep the group's counts, and its list of what is fetched ahead. */
@@ -161,6 +162,7 @@ static void recount(struct om_block *b, struct counts was)
 		om_list_push_tail(&g->ahead, &b->body->ahead);
 	g->idle += (uint64_t)now.idle - (uint64_t)was.idle;
 	g->idle_bytes += now.idle_bytes - was.idle_bytes;
+	g->spare_bytes += now.spare_bytes - was.spare_bytes;
 	g->swapped += (uint64_t)now.swapped - (uint64_t)was.swapped;
 	g->doubled += (uint64_t)now.doubled - (uint64_t)was.doubled;
 }
@@ -397,6 +399,8 @@ static void recount_idle(struct om_block *b, bool idle)
 		return;
 	g->idle += idle ? 1 : UINT64_MAX;
 	g->idle_bytes += idle ? taken(b) : -taken(b);
+	if (om_block_has_origin(b))
+		g->spare_bytes += idle ? taken(b) : -taken(b);
 	if (b->body->packed)
 		g->doubled += idle ? 1 : UINT64_MAX;
 }

@@ -97,11 +97,8 @@ static void read_anew(void)
 
 static uint64_t ceiling_of(const struct om_store *s, uint64_t total)
 {
-	uint64_t most = (uint64_t)(OM_GUARD_CEILING * (double)total);
-
-	if (s->guard.ceiling > 0)
-		return (uint64_t)(s->guard.ceiling * (double)total);
-	return OM_MIN(most, total - OM_MIN(OM_GUARD_LEFT, total / 4));
+	return s->guard.ceiling > 0 ? (uint64_t)(s->guard.ceiling * (double)total)
+	                            : om_guard_most(total);
 }
 
 /* Bytes above the ceiling once `more` are mapped, by a reading that is new enough. */

@@ -30,6 +30,14 @@ bool om_guard_room_locked(struct om_store *s, uint64_t bytes);
 /* Writing out has failed. */
 void om_guard_stuck_locked(struct om_store *s);
 
+/* How much of so much memory may be in use by default. */
+static inline uint64_t om_guard_most(uint64_t total_bytes)
+{
+	uint64_t share = (uint64_t)(OM_GUARD_CEILING * (double)total_bytes);
+
+	return OM_MIN(share, total_bytes - OM_MIN(OM_GUARD_LEFT, total_bytes / 4));
+}
+
 /* For the pool. Memory of stores: mapped and not filled; known to be filled. Any thread. */
 void om_guard_count(int64_t fresh_bytes, int64_t filled_bytes);
 /* Memory of somebody else came to a store (it may be new: a reading is due), or is let go. */

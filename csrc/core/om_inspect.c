@@ -127,6 +127,7 @@ int om_store_stats(struct om_store *s, struct om_stats *ret)
 		ret->host.used_bytes += g->foreign_bytes;
 		ret->packed_bytes += g->packed_bytes;
 		ret->idle_bytes += g->idle_bytes;
+		ret->spare_bytes += g->spare_bytes;
 	}
 	ret->packed_peak_bytes = peaks.packed_bytes;
 	ret->disk = (struct om_tier_stats){ s->disk.used_bytes, peaks.disk_bytes,
@@ -256,6 +257,7 @@ static void sum_block(const struct om_block *b, struct om_group_check *sum, uint
 		sum->foreign_bytes += body->foreign ? bytes : 0;
 		sum->idle += idle;
 		sum->idle_bytes += idle ? taken : 0;
+		sum->spare_bytes += idle && om_block_has_origin(b) ? taken : 0;
 		sum->doubled += idle && body->packed;
 		*pool += body->foreign ? 0 : body->mem.bytes;
 	}
@@ -277,12 +279,14 @@ static int check_group(struct om_group *g)
 	const struct om_group_check is = { g->used_bytes, g->packed_bytes,  g->gone_bytes,
 		                           g->disk_bytes, g->foreign_bytes, g->blocks,
 		                           g->leases,     g->pinned,        g->swapped,
-		                           g->idle,       g->idle_bytes,    g->doubled };
+		                           g->idle,       g->idle_bytes,    g->spare_bytes,
+		                           g->doubled };
 	static const char *const names[] = {
 		"HOST bytes", "encoded bytes",   "bytes without a name",
 		"DISK bytes", "bytes of others", "blocks",
 		"leases",     "pinned",          "swapped",
-		"idle",       "idle bytes",      "doubled"
+		"idle",       "idle bytes",      "spare bytes",
+		"doubled"
 	};
 	const uint64_t *counted = (const uint64_t *)&is, *summed = (const uint64_t *)&g->check;
 

@@ -265,6 +265,17 @@ static void note_peak(struct om_monitor *m)
 			om_store_largest(m->watched[i].store, peak->blocks, &peak->count);
 }
 
+/* What the stores that this monitor presses would give for nothing. */
+static uint64_t spare_bytes(struct om_monitor *m)
+{
+	uint64_t bytes = 0;
+
+	for (size_t i = 0; i < m->watched_count && m->config.act; i++)
+		if (m->watched[i].store)
+			bytes += om_press_spare(m->watched[i].store);
+	return bytes;
+}
+
 static void publish(struct om_monitor *m)
 {
 	const struct om_report *r = &m->next;
@@ -288,6 +299,7 @@ static int take(struct om_monitor *m, uint64_t due_ns)
 	forget_closed(m);
 	r->wall_ns = clock_ns(CLOCK_REALTIME);
 	r->lag_ns = due_ns && r->sample.at_ns > due_ns ? r->sample.at_ns - due_ns : 0;
+	r->spare_bytes = spare_bytes(m);
 	om_assess_step(&m->assessor, r);
 	note_peak(m);
 	r->busy_ns += clock_ns(CLOCK_THREAD_CPUTIME_ID) - began;

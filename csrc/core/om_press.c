@@ -30,6 +30,18 @@ static uint64_t idle_bytes(const struct om_store *s)
 	return bytes;
 }
 
+uint64_t om_press_spare(struct om_store *s)
+{
+	uint64_t bytes = 0;
+
+	if (om_store_enter(s))
+		return 0;
+	OM_LIST_FOREACH(link, &s->groups)
+		bytes += om_container_of(link, struct om_group, link)->spare_bytes;
+	om_mutex_unlock(&s->lock);
+	return bytes;
+}
+
 struct om_press {
 	struct om_sweep sweep;
 };

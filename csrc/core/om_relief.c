@@ -9,13 +9,13 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "core/om_guard.h"
 #include "core/om_monitor_int.h"
 
 #define STEP_NS    OM_NSEC /* a step may take so long: what is being written then goes on */
 #define STEP_SHARE 20u     /* of all goes in one step at most, but under CRITICAL */
 #define QUANTUM    128u    /* so much of all goes besides what is needed */
 #define HEAP_NS    (10 * OM_NSEC)
-#define SHY        0.01 /* stores stay so far below where HIGH begins: their own growth is no alarm */
 #define FALLING    0.85 /* of the bytes of the last sample: what falls so fast needs no help */
 
 static void record(struct om_monitor *m, enum om_action_kind kind, uint64_t wanted, uint64_t freed,
@@ -49,13 +49,12 @@ static void add(struct om_pressed *sum, const struct om_pressed *p)
 	sum->left_bytes += p->left_bytes;
 }
 
-/* Where stores give up idle blocks rather than grow: they bring about no level above MEDIUM by themselves, and
- * do not take again what they just gave. */
+/* Where stores give up idle blocks rather than grow: as always, or they would take again what they just gave. */
 static double ceiling(const struct om_monitor *m)
 {
 	const struct om_pressure_rules *rules = &m->assessor.ram.rules;
 
-	return rules->thresholds[OM_HIGH - 1] - (m->next.ram_level < OM_HIGH ? SHY : rules->margin);
+	return m->next.ram_level < OM_HIGH ? 0 : rules->thresholds[OM_HIGH - 1] - rules->margin;
 }
 
 /* What nobody uses goes; ret->left_bytes, and of each store left[i]: what could go. */
@@ -92,6 +91,14 @@ static void evict(struct om_monitor *m, uint64_t deadline_ns, uint64_t want, con
 	}
 }
 
+/* Bytes in use above what stores leave to others by themselves; a little above is nothing. */
+static uint64_t intruded(const struct om_place *p)
+{
+	uint64_t most = om_guard_most(p->limit_bytes);
+
+	return p->used_bytes > most + p->limit_bytes / QUANTUM ? p->used_bytes - most : 0;
+}
+
 /* Bytes that idle blocks are to give: down to where the level is left, and a little more. Where it is not the share
  * in use that is too high, only the little; where it is time alone, nothing: it may take long yet. */
 static uint64_t wanted(const struct om_monitor *m)
@@ -99,17 +106,19 @@ static uint64_t wanted(const struct om_monitor *m)
 	const struct om_report *r = &m->next;
 	const struct om_place *p = &r->sample.places[r->tightest];
 	const struct om_pressure_state *s = &m->assessor.ram;
-	uint64_t quantum = p->limit_bytes / QUANTUM, want = 0, edge;
+	uint64_t quantum = p->limit_bytes / QUANTUM, want = intruded(p), edge;
 
 	if (r->ram_level < OM_HIGH)
-		return 0;
+		return want;
 	edge = (uint64_t)((s->rules.thresholds[r->ram_level - 1] - s->rules.margin) *
 	                  (double)p->limit_bytes);
 	if (p->used_bytes >= edge)
-		want = p->used_bytes - edge + quantum;
+		want = OM_MAX(want, p->used_bytes - edge + quantum);
 	else if (s->cause == OM_CAUSE_FULL || s->cause == OM_CAUSE_MET)
-		want = quantum;
-	return r->ram_level == OM_CRITICAL ? want : OM_MIN(want, p->limit_bytes / STEP_SHARE);
+		want = OM_MAX(want, quantum);
+	if (r->ram_level < OM_CRITICAL)
+		want = OM_MAX(OM_MIN(want, p->limit_bytes / STEP_SHARE), intruded(p));
+	return want;
 }
 
 /* Use falls by itself. */
@@ -140,17 +149,22 @@ static void trim_heap(struct om_monitor *m)
 static void record_eviction(struct om_monitor *m, uint64_t want, const struct om_pressed *p)
 {
 	uint64_t got = p->dropped_bytes + p->written_bytes;
-	char wanted_text[24], got_text[24], written[24], what[160];
+	const struct om_place *place = &m->next.sample.places[m->next.tightest];
+	char wanted_text[24], got_text[24], written[24], left[24], what[160];
 
+	om_size_text(place->available_bytes, left);
 	om_size_text(want, wanted_text);
 	om_size_text(got, got_text);
 	om_size_text(p->written_bytes, written);
 	if (got)
 		snprintf(what, sizeof(what),
-		         "wanted %s, got %s in %" PRIu64 " blocks (%s of them written out)",
-		         wanted_text, got_text, p->dropped_blocks + p->written_blocks, written);
+		         "%s left, wanted %s, got %s in %" PRIu64
+		         " blocks (%s of them written out)",
+		         left, wanted_text, got_text, p->dropped_blocks + p->written_blocks,
+		         written);
 	else
-		snprintf(what, sizeof(what), "wanted %s, and nothing idle was left to give",
+		snprintf(what, sizeof(what),
+		         "%s left, wanted %s, and nothing idle was left to give", left,
 		         wanted_text);
 	if (got || !m->vain)
 		record(m, got ? OM_ACT_EVICT : OM_ACT_NONE, want, got, what);
@@ -167,7 +181,7 @@ static void press(struct om_monitor *m)
 	left = om_alloc(m->watched_count, sizeof(*left));
 	if (!left)
 		return; /* with the next sample, then */
-	m->pressed = true;
+	m->pressed = m->next.ram_level >= OM_MEDIUM;
 	m->press_ns = now;
 	trim(m, deadline, left, &trimmed);
 	if (trimmed.trimmed_bytes)
@@ -204,11 +218,10 @@ void om_relief_act(struct om_monitor *m)
 {
 	if (!m->config.act)
 		return;
-	if (m->next.ram_level >= OM_MEDIUM) {
-		press(m);
-		return;
-	}
-	if (m->pressed)
+	if (m->next.ram_level < OM_MEDIUM && m->pressed) {
 		record(m, OM_ACT_RELAX, 0, 0, "memory is not short any more");
-	om_relief_end(m, NULL);
+		om_relief_end(m, NULL);
+	}
+	if (m->next.ram_level >= OM_MEDIUM || wanted(m))
+		press(m);
 }

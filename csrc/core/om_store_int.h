@@ -186,6 +186,10 @@ int om_shed_locked(struct om_store *s, struct om_block *b);
  * has the store for itself. */
 void om_shed_trim_locked(struct om_store *s, const struct om_group *g, uint64_t bytes);
 
+/* om_press.c */
+/* Bytes of idle blocks with an origin. 0 when it is closed. */
+uint64_t om_press_spare(struct om_store *s);
+
 /* om_spill.c */
 /* Begin to write an idle dirty copy out. 0: it is under way, or gone already (what lies below holds
  * the same bytes), or no longer needed; OM_EBUSY: the disk has no room until leases go; or an error. The

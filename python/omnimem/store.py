@@ -86,6 +86,8 @@ class GroupStats:
     """The most that was ever held."""
     idle_bytes: int
     """Of `host_bytes`, those that may go now."""
+    spare_bytes: int
+    """Of `idle_bytes`, those of blocks that lie in files: they go for nothing."""
     disk_bytes: int
     """Bytes of the swap file that their copies hold."""
     limit_bytes: int
@@ -209,6 +211,8 @@ class StoreStats:
     """By device."""
     idle_bytes: int
     """Of `host`, bytes that may go now: `host.used_bytes - idle_bytes` are held."""
+    spare_bytes: int
+    """Of `idle_bytes`, those of blocks that lie in files: they go for nothing."""
     exported_bytes: int
     """Bytes of blocks that some consumer can still see (buffers, DLPack)."""
     blocks: int

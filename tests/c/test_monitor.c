@@ -151,7 +151,8 @@ static void pressed(void)
 	CHECK_EQ(actions(m, OM_ACT_EVICT, &a), 1);
 	CHECK(a.wanted_bytes / MIB == TOTAL / 20 && a.level == OM_HIGH);
 	CHECK(a.freed_bytes >= 48 * MIB && a.freed_bytes <= 53 * MIB);
-	CHECK(strstr(a.cause, "RAM 89.8 % in use of 1.0 GiB (system); wanted 51.2 MiB, got "));
+	CHECK(strstr(a.cause, "RAM 89.8 % in use of 1.0 GiB (system); 104.0 MiB left, "
+	                      "wanted 51.2 MiB, got "));
 	set_used(1000); /* 98 %: down to 90 % */
 	CHECK_EQ(sampled(m).level, OM_CRITICAL);
 	CHECK_EQ(actions(m, OM_ACT_EVICT, &a), 2);
@@ -166,6 +167,62 @@ static void pressed(void)
 	om_monitor_free(m);
 	om_store_unref(s);
 	om_store_unref(other);
+}
+
+/* Blocks of a file, read and idle. */
+static void add_read(struct om_store *s, const char *path, int count)
+{
+	struct om_file_range range = { path, 0, MIB };
+	struct om_lease *l;
+	char name[32];
+
+	for (int i = 0; i < count; i++, range.offset += MIB) {
+		snprintf(name, sizeof(name), "read-%d", i);
+		CHECK_EQ(om_store_add_file(s, name, "model:f", &range, 1, OM_NOT_ENCODED, NULL), 0);
+		CHECK_EQ(om_store_lease(s, name, OM_READ, SOON, &l), 0);
+		om_lease_unref(l);
+	}
+}
+
+/* What a store would give for nothing is not in use, and goes when little is left all the same. */
+static void spare(void)
+{
+	struct om_monitor *m = open_monitor(true), *looker = open_monitor(false);
+	struct om_store *s = open_store();
+	struct om_lease *l;
+	struct om_action a;
+	char path[100];
+
+	snprintf(path, sizeof(path), "%s/weights", dir);
+	CHECK_EQ(fclose(fopen(path, "w")), 0);
+	CHECK_EQ(truncate(path, 300 * MIB), 0);
+	add_read(s, path, 200);
+	add(s, "model:a", 30); /* would have to be written */
+	CHECK_EQ(om_monitor_watch(m, s), 0);
+	CHECK_EQ(om_monitor_watch(looker, s), 0);
+	set_used(910);
+	for (int i = 0; i < 3; i++) {
+		struct om_report r = sampled(m);
+
+		CHECK_EQ(r.spare_bytes, 200 * MIB);
+		CHECK(r.level == OM_LOW && !m->pressed);
+		r = sampled(looker); /* who does not act has nothing given up */
+		CHECK(r.spare_bytes == 0 && (!i || r.level == OM_HIGH));
+	}
+	CHECK_EQ(host_bytes(s), 230 * MIB);
+	CHECK_EQ(om_store_lease(s, "read-7", OM_READ, SOON, &l), 0);
+	CHECK_EQ(sampled(m).spare_bytes, 199 * MIB); /* in use */
+	om_lease_unref(l);
+	set_used(960); /* 39 MiB more than stores leave to others */
+	CHECK_EQ(sampled(m).level, OM_LOW);
+	CHECK_EQ(actions(m, OM_ACT_EVICT, &a), 1);
+	CHECK(strstr(a.cause, "64.0 MiB left, wanted 38.4 MiB, got 39.0 MiB in 39 blocks"));
+	CHECK_EQ(actions(m, OM_ACT_RELAX, &a), 0);
+	CHECK_EQ(host_bytes(s), 191 * MIB);
+	om_monitor_free(m);
+	om_monitor_free(looker);
+	om_store_unref(s);
+	CHECK_EQ(unlink(path), 0);
 }
 
 /* While use falls by itself, nothing is taken. */
@@ -535,6 +592,7 @@ int main(void)
 	set_used(100);
 	values();
 	pressed();
+	spare();
 	falling();
 	relaxed();
 	looks_on();
