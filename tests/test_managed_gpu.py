@@ -17,7 +17,8 @@ torch = pytest.importorskip("torch")
 
 import omnimem  # noqa: E402
 from omnimem import _torch_managed  # noqa: E402
-from omnimem._torch_managed import DeviceUnits, ManagedModule  # noqa: E402
+from omnimem._torch_managed import ManagedModule  # noqa: E402
+from omnimem._torch_managed_units import DeviceUnits  # noqa: E402
 from omnimem._torch_parts import parts_of_memory  # noqa: E402
 
 

@@ -8,265 +8,34 @@ autograd still needs stay as they are until it does not.
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import itertools
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.dlpack import from_dlpack
 
-from omnimem import _core, checkpoint
+from omnimem import checkpoint
 from omnimem._managed import Movable, Moved, check_target, group_of, missing_bytes, swap_out
 from omnimem._plan_layout import refuse_experts
 from omnimem._torch_checks import check_fit
 from omnimem._torch_guards import Guards, Uncopied
+from omnimem._torch_managed_units import REMEDY, DeviceUnits, ManagedUnits
 from omnimem._torch_parts import (
-    UnitParts,
-    bytes_of,
     parts_of_files,
     parts_of_memory,
     refuse_unmovable,
-    shown,
     units_of,
 )
-from omnimem._torch_units import Units, materialize, repeats, restore, unset
+from omnimem._torch_units import materialize, repeats, restore, unset
 from omnimem.config import format_size, parse_size
-from omnimem.errors import ClosedError
 from omnimem.plan import make_plan
 from omnimem.store import Store
-
-_REMEDY = (
-    "to move; call model.omnimem.release() first, which gives the model memory of its own for all "
-    "of them"
-)
-
-
-class ManagedUnits(Units):
-    """Units that are told to stay or to go."""
-
-    remedy = _REMEDY
-
-    def __init__(self, units: list[UnitParts], group: str, store: Store, timeout: float) -> None:
-        super().__init__(group, store, timeout)
-        self.units = units
-        self.modules = [unit.module for unit in units]
-        self.names = [[f"{group}/{part.name}" for part in unit.parts] for unit in units]
-        self.params = [([], unit.params) for unit in units]
-        self.on_alone: Callable[[], None] = lambda: None
-        """Called when a unit is entered outside any pass."""
-        self._saved: set[int] = set()
-        """Units of which parameters stayed as they are, since autograd has them."""
-
-    def load(self) -> None:
-        """Add the blocks, and make the stream."""
-        for unit in self.units:
-            for part in unit.parts:
-                part.add(self._store, self.group, self._timeout)
-        self.stream = _core.Stream(
-            self._store,
-            self.group,
-            [
-                (unit.module, [(name, 0) for name in names])
-                for unit, names in zip(self.units, self.names, strict=True)
-            ],
-        )
-        for number, unit in enumerate(self.units):
-            self.stream.set_windows(
-                number,
-                [place.of(at) for at, part in enumerate(unit.parts) for place in part.places],
-            )
-        self.stream.linger(True)
-
-    def all_names(self) -> list[str]:
-        """Blocks of all units."""
-        return list(itertools.chain.from_iterable(self.names))
-
-    def remove(self, unit: int) -> None:
-        """Let a unit's blocks go; safe to repeat."""
-        for name in self.names[unit]:
-            if name in self._store:
-                self._store.remove(name)
-
-    def end(self) -> None:
-        """Let all blocks go; safe to repeat."""
-        self.close()
-        for unit in range(len(self.names)):
-            self.remove(unit)
-
-    # -- staying and going
-
-    def rest(self, unit: int) -> None:
-        """Keep a unit no longer: it goes now, or with its last user."""
-        self._settle()
-        # Asked and noted in one call, inside of which no signal handler runs.
-        ends = map(self.stream.keep, (unit,), (False,))
-        self._mine.ended.extend(itertools.compress((unit,), ends))
-        self._settle()
-
-    def bring(self, unit: int, timeout: float) -> None:
-        """Enter a unit and leave it; one that is kept stays."""
-        self._settle()
-        self._take(unit, timeout)
-        self._let_go()
-
-    def settled(self, unit: int) -> None:
-        """A unit that is kept was brought in."""
-
-    def sweep(self) -> None:
-        """Take away what autograd had, and has no longer."""
-        for unit in sorted(self._saved):
-            self.bring(unit, self._timeout)
-
-    def _unbind(self, unit: int) -> None:
-        """Take a unit's windows away, but for those that autograd has.
-
-        A leaf that autograd saved is the parameter itself, and what it is given now would be what
-        backward reads.
-        """
-        saved = False
-        with torch.inference_mode(False):
-            for param in self.params[unit][1]:
-                if param._use_count() > 1:  # type: ignore[attr-defined]
-                    saved = True
-                else:
-                    param.data = unset(param.shape, param.dtype)
-        (self._saved.add if saved else self._saved.discard)(unit)
-
-    # -- use
-
-    def _enter(self, unit: int, leave: int, module: nn.Module, args: Any) -> None:
-        mine = self._mine
-        if not mine.passes and not mine.held:
-            self.on_alone()
-        super()._enter(unit, leave, module, args)
-
-    def begin_pass(self, begin: Callable[[str], None]) -> None:
-        """Note that a pass of this thread begins; those that an interrupt left end."""
-        mine = self._mine
-        self.reclaim()
-        if not mine.passes:
-            mine.passes.extend(zip((self.group,), map(begin, (self.group,)), strict=True))
-
-    def end_pass(self, end: Callable[[str], None]) -> None:
-        """Note that this thread's pass has ended."""
-        passes = self._mine.passes
-        while passes:
-            ends = map(end, map(itemgetter(0), map(passes.pop, (-1,))))
-            collections.deque(ends, maxlen=0)
-
-    def copies(self, unit: int) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:
-        """What a unit's parameters are in memory of their own."""
-        for part, name in zip(self.units[unit].parts, self.names[unit], strict=True):
-            with self._store.lease(name, timeout=self._timeout) as lease:
-                if part.run is None:
-                    window = lease.window(0, "uint8", (part.nbytes,))
-                    yield from shown(part, from_dlpack(window).clone())
-                    continue
-                for place in part.places:
-                    yield place.param, from_dlpack(lease.window(*place.of(0)[1:])).clone()
-
-    def in_use(self) -> bool:
-        """Is a thread inside a pass or a unit?"""
-        return any(
-            (held or passes) and thread.is_alive()
-            for thread, held, _, passes in list(self._threads)
-        )
-
-
-class DeviceUnits(ManagedUnits):
-    """Units that are at home on another device: only what is not there is in the store.
-
-    The stream's units have no blocks; it says who may touch a unit. Blocks are made before a unit
-    is told to go, while that may still fail, and removed when it is home again.
-    """
-
-    def __init__(
-        self,
-        units: list[UnitParts],
-        group: str,
-        store: Store,
-        timeout: float,
-        device: torch.device,
-    ) -> None:
-        super().__init__(units, group, store, timeout)
-        self._device = device
-        self._versions: dict[int, list[int]] = {}
-        """Of each unit that has blocks: its parameters' versions when they had the same bytes."""
-
-    def load(self) -> None:
-        """Make the stream; the parameters are at home."""
-        units: list[Any] = [(unit.module, []) for unit in self.units]
-        self.stream = _core.Stream(self._store, self.group, units)
-
-    def rest(self, unit: int) -> None:
-        """Have its bytes in the store, then let it go."""
-        if unit not in self._versions:
-            self._stage(unit)
-        super().rest(unit)
-
-    def _stage(self, unit: int) -> None:
-        versions = self._version(unit)
-        try:
-            for part in self.units[unit].parts:
-                part.memory = bytes_of(part).to("cpu", copy=True)
-                part.add(self._store, self.group, self._timeout)
-                part.memory = None
-        except BaseException:
-            self.remove(unit)
-            raise
-        self._versions[unit] = versions
-
-    def _version(self, unit: int) -> list[int]:
-        return [param._version for param in self.units[unit].params]
-
-    def _bind(self, unit: int) -> None:
-        if unit not in self._versions:
-            return
-        if unit + 1 in self._versions:
-            self._store.prefetch(self.names[unit + 1])
-        with torch.inference_mode(False):
-            for param, tensor in list(self.copies(unit)):
-                param.data = tensor
-        self._versions[unit] = self._version(unit)
-
-    def _unbind(self, unit: int) -> None:
-        if self._versions[unit] != self._version(unit):  # written to since
-            for part, name in zip(self.units[unit].parts, self.names[unit], strict=True):
-                with self._store.lease(name, write=True, timeout=self._timeout) as lease:
-                    from_dlpack(lease.window(0, "uint8", (part.nbytes,))).copy_(bytes_of(part))
-        self._versions[unit] = self._version(unit)
-        saved = False
-        with torch.inference_mode(False):
-            for param in self.units[unit].params:
-                if param._use_count() > 1:  # type: ignore[attr-defined]
-                    saved = True
-                else:
-                    param.data = unset(param.shape, param.dtype).to(self._device)
-        (self._saved.add if saved else self._saved.discard)(unit)
-
-    def copies(self, unit: int) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:
-        """What a unit's parameters are at home; nothing, where they are."""
-        if unit not in self._versions:
-            return
-        for part, name in zip(self.units[unit].parts, self.names[unit], strict=True):
-            with self._store.lease(name, timeout=self._timeout) as lease:
-                window = from_dlpack(lease.window(0, "uint8", (part.nbytes,)))
-                yield from shown(part, window.to(self._device, copy=True))
-
-    def settled(self, unit: int) -> None:
-        """A unit that is kept is home: its blocks go."""
-        if self._versions.pop(unit, None) is not None:
-            self.remove(unit)
 
 
 @dataclass(frozen=True)
@@ -285,7 +54,7 @@ _managed: weakref.WeakSet[ManagedModule] = weakref.WeakSet()
 class ManagedModule(Uncopied):
     """A module whose weights can be moved (`omnimem._managed.Movable`); `model.omnimem`."""
 
-    remedy = _REMEDY
+    remedy = REMEDY
 
     def __init__(
         self,
@@ -294,7 +63,6 @@ class ManagedModule(Uncopied):
         units: ManagedUnits,
         store: Store,
         model_id: str,
-        resident: bool,
     ) -> None:
         self.model_id = model_id
         self.group = units.group
@@ -322,9 +90,9 @@ class ManagedModule(Uncopied):
         """What the parameters' memory was before; somebody may still hold it."""
         self._replaced: set[int] = set()
         """Parameters that show what was read, while the model is being taken over."""
-        self._start(resident)
+        self._start()
 
-    def _start(self, resident: bool) -> None:
+    def _start(self) -> None:
         former: dict[int, torch.Tensor] = {}
         try:
             self._units.load()
@@ -332,7 +100,7 @@ class ManagedModule(Uncopied):
             with torch.inference_mode(False):
                 for param in self._params.values():
                     former[id(param)] = materialize(param)
-            if meta or not resident:
+            if meta:
                 self._wish = _Wish(frozenset())
             self._show_all(former)
             self._hook()
@@ -357,8 +125,6 @@ class ManagedModule(Uncopied):
                 with torch.inference_mode(False):
                     for param in unit.params:
                         param.data = unset(param.shape, param.dtype)
-                for part in unit.parts:
-                    part.memory = None
                 continue
             self._units.stream.keep(number, True)
             self._units.bring(number, self._units._timeout)
@@ -392,8 +158,7 @@ class ManagedModule(Uncopied):
             self.on_use(self)
 
     def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
-        with contextlib.suppress(ClosedError):  # of a store that is closed during the pass
-            self._units.end_pass(self._end)
+        self._units.end_pass(self._end)
 
     def _alone(self) -> None:
         """A unit is used outside any pass: that is a use of the model, too."""
@@ -630,7 +395,6 @@ def manage_module(
     model_id: str,
     model_dir: str | os.PathLike[str] | None,
     timeout: float,
-    resident: bool,
 ) -> ManagedModule:
     """See `omnimem._managed.manage`."""
     params = dict(model.named_parameters())
@@ -652,14 +416,14 @@ def manage_module(
         return ManagedModule(model, params, units, store, model_id)
     if model_dir is None:
         units = make(parts_of_memory(model, params))
-        return ManagedModule(model, params, units, store, model_id, resident)
+        return ManagedModule(model, params, units, store, model_id)
     folder = Path(model_dir)
     with checkpoint.open(folder) as files:
         refuse_experts(files, folder)
         check_fit(params, dict(model.named_buffers()), files, folder)
         units = make(parts_of_files(model, params, files))
         files.check_unchanged()
-    return ManagedModule(model, params, units, store, model_id, resident)
+    return ManagedModule(model, params, units, store, model_id)
 
 
 def _refuse_shared(params: dict[str, nn.Parameter]) -> None:

@@ -5,7 +5,7 @@ what changes is `param.data`. Ctrl-C may strike before any bytecode: what it lea
 by the thread's next hook, or by the next pass of any thread.
 
 Which units there are, and what is kept of them, say `_torch_planned` (a plan that is made once) and
-`_torch_managed` (units that are told to stay or to go).
+`_torch_managed_units` (units that are told to stay or to go).
 """
 
 from __future__ import annotations
