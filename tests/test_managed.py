@@ -198,22 +198,22 @@ def test_room_for_a_part(by: str, roomy: omnimem.Store) -> None:
 
 def test_two_models_share_what_there_is(open_store: Opener) -> None:
     """The one that is called takes the room of the one that is idle."""
-    nbytes = sum(p.nbytes for p in plain(PRESET).parameters())
+    nbytes = sum(p.nbytes for p in plain(LARGE).parameters())
     store = open_store(host_limit=nbytes * 13 // 10, disk_limit="256MiB")
-    one, first = model_of(PRESET, "files", store)
+    one, first = model_of(LARGE, "files", store)
     first.offload("cpu")
-    two = fresh(PRESET)
-    second = manage(two, store, "two", model_dir=folder(PRESET))
+    two = fresh(LARGE)
+    second = manage(two, store, "two", model_dir=folder(LARGE))
     second.offload("cpu")
     for _ in range(2):
         for model in (one, two):
-            assert_right(model, PRESET)
+            assert_right(model, LARGE)
             store.check()
     assert store.stats().host.peak_bytes <= nbytes * 13 // 10
     assert first.host_bytes() + second.host_bytes() <= nbytes * 13 // 10
     first.restore()
     assert first.state == "resident"
-    assert_right(two, PRESET)
+    assert_right(two, LARGE)
     first.release()
     second.close()
 

@@ -134,10 +134,10 @@ static struct om_extent cut(struct om_extent *rest, uint64_t bytes, bool last)
 }
 
 /* Do blocks of a request get one extent, cut into parts? Those that are used together share a slot of a ring. What
- * lies in a shared segment cannot be cut, and what lingers is given up block by block. */
+ * lies in a shared segment cannot be cut, and what goes block by block would keep the segment of the others. */
 static bool together(const struct om_group *g, uint64_t bytes)
 {
-	return (g->streams && !g->mixed) || (bytes > OM_POOL_SMALL && !g->lingering);
+	return (g->streams && !g->mixed) || (bytes > OM_POOL_SMALL && !g->apart);
 }
 
 static int start_some_locked(struct om_store *s, struct om_block *const *blocks, size_t count,

@@ -68,6 +68,7 @@ struct om_group {
 	unsigned
 		streams; /* of these: what they fetch ahead is finished by the thread that uses it */
 	unsigned lingering; /* of these, what their units let go stays: no ring has to be kept */
+	bool apart; /* blocks that came in together go one by one: each has an extent of its own */
 	bool mixed; /* what is kept, or forms, come from the same segments as the ring: no slots */
 };
 

@@ -282,7 +282,8 @@ int om_stream_linger(struct om_stream *st, bool lingers)
 	if (code)
 		return code;
 	st->group->lingering += (unsigned)lingers - (unsigned)st->lingers;
-	st->group->mixed = true; /* units that are kept come and go like those of the ring */
+	st->group->mixed = st->group->apart =
+		true; /* units that are kept come and go like others */
 	st->lingers = lingers;
 	return om_store_leave(st->store, 0);
 }

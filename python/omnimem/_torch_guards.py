@@ -37,12 +37,14 @@ class Guards(Uncopied):
         self.remedy = remedy
         self._there = there
         self._dtypes: set[torch.dtype] = set()
+        self._device = "cpu"
         self._handles: list[Any] = []
         self._patched: list[nn.Module] = []
 
-    def put(self, model: nn.Module, dtypes: set[torch.dtype]) -> None:
-        """Guard all modules of a model that streams weights of these types."""
+    def put(self, model: nn.Module, dtypes: set[torch.dtype], device: str = "cpu") -> None:
+        """Guard all modules of a model that has weights of these types out of place."""
         self._dtypes = dtypes
+        self._device = device
         for module in model.modules():
             self._patched.append(module)
             module._apply = partial(self._convert, module._apply)  # type: ignore[method-assign]
@@ -66,7 +68,8 @@ class Guards(Uncopied):
     ) -> Any:
         """`.to()` that changes nothing is fine, all else needs the weights."""
         if getattr(fn, "__qualname__", "") == "Module.to.<locals>.convert" and all(
-            (to := fn(torch.empty(0, dtype=dtype))).dtype == dtype and to.device.type == "cpu"
+            (to := fn(torch.empty(0, dtype=dtype, device=self._device))).dtype == dtype
+            and to.device.type == self._device
             for dtype in self._dtypes
         ):
             return getattr(apply, "__self__", None)

@@ -30,11 +30,12 @@ from omnimem._managed import Movable, Moved, check_target, group_of, missing_byt
 from omnimem._torch_checks import check_fit, refuse_experts
 from omnimem._torch_guards import Guards, Uncopied
 from omnimem._torch_parts import (
-    Part,
     UnitParts,
+    bytes_of,
     parts_of_files,
     parts_of_memory,
     refuse_unmovable,
+    shown,
     units_of,
 )
 from omnimem._torch_units import Units, materialize, repeats, restore, unset
@@ -117,6 +118,9 @@ class ManagedUnits(Units):
         self._take(unit, timeout)
         self._let_go()
 
+    def settled(self, unit: int) -> None:
+        """A unit that is kept was brought in."""
+
     def sweep(self) -> None:
         """Take away what autograd had, and has no longer."""
         for unit in sorted(self._saved):
@@ -159,12 +163,109 @@ class ManagedUnits(Units):
             ends = map(end, map(itemgetter(0), map(passes.pop, (-1,))))
             collections.deque(ends, maxlen=0)
 
+    def copies(self, unit: int) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:
+        """What a unit's parameters are in memory of their own."""
+        for part, name in zip(self.units[unit].parts, self.names[unit], strict=True):
+            with self._store.lease(name, timeout=self._timeout) as lease:
+                if part.run is None:
+                    window = lease.window(0, "uint8", (part.nbytes,))
+                    yield from shown(part, from_dlpack(window).clone())
+                    continue
+                for place in part.places:
+                    yield place.param, from_dlpack(lease.window(*place.of(0)[1:])).clone()
+
     def in_use(self) -> bool:
         """Is a thread inside a pass or a unit?"""
         return any(
             (held or passes) and thread.is_alive()
             for thread, held, _, passes in list(self._threads)
         )
+
+
+class DeviceUnits(ManagedUnits):
+    """Units that are at home on another device: only what is not there is in the store.
+
+    The stream's units have no blocks; it says who may touch a unit. Blocks are made before a unit
+    is told to go, while that may still fail, and removed when it is home again.
+    """
+
+    def __init__(
+        self,
+        units: list[UnitParts],
+        group: str,
+        store: Store,
+        timeout: float,
+        device: torch.device,
+    ) -> None:
+        super().__init__(units, group, store, timeout)
+        self._device = device
+        self._versions: dict[int, list[int]] = {}
+        """Of each unit that has blocks: its parameters' versions when they had the same bytes."""
+
+    def load(self) -> None:
+        """Make the stream; the parameters are at home."""
+        units: list[Any] = [(unit.module, []) for unit in self.units]
+        self.stream = _core.Stream(self._store, self.group, units)
+
+    def rest(self, unit: int) -> None:
+        """Have its bytes in the store, then let it go."""
+        if unit not in self._versions:
+            self._stage(unit)
+        super().rest(unit)
+
+    def _stage(self, unit: int) -> None:
+        versions = self._version(unit)
+        try:
+            for part in self.units[unit].parts:
+                part.memory = bytes_of(part).to("cpu", copy=True)
+                part.add(self._store, self.group, self._timeout)
+                part.memory = None
+        except BaseException:
+            self.remove(unit)
+            raise
+        self._versions[unit] = versions
+
+    def _version(self, unit: int) -> list[int]:
+        return [param._version for param in self.units[unit].params]
+
+    def _bind(self, unit: int) -> None:
+        if unit not in self._versions:
+            return
+        if unit + 1 in self._versions:
+            self._store.prefetch(self.names[unit + 1])
+        with torch.inference_mode(False):
+            for param, tensor in list(self.copies(unit)):
+                param.data = tensor
+        self._versions[unit] = self._version(unit)
+
+    def _unbind(self, unit: int) -> None:
+        if self._versions[unit] != self._version(unit):  # written to since
+            for part, name in zip(self.units[unit].parts, self.names[unit], strict=True):
+                with self._store.lease(name, write=True, timeout=self._timeout) as lease:
+                    from_dlpack(lease.window(0, "uint8", (part.nbytes,))).copy_(bytes_of(part))
+        self._versions[unit] = self._version(unit)
+        saved = False
+        with torch.inference_mode(False):
+            for param in self.units[unit].params:
+                if param._use_count() > 1:  # type: ignore[attr-defined]
+                    saved = True
+                else:
+                    param.data = unset(param.shape, param.dtype).to(self._device)
+        (self._saved.add if saved else self._saved.discard)(unit)
+
+    def copies(self, unit: int) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:
+        """What a unit's parameters are at home; nothing, where they are."""
+        if unit not in self._versions:
+            return
+        for part, name in zip(self.units[unit].parts, self.names[unit], strict=True):
+            with self._store.lease(name, timeout=self._timeout) as lease:
+                window = from_dlpack(lease.window(0, "uint8", (part.nbytes,)))
+                yield from shown(part, window.to(self._device, copy=True))
+
+    def settled(self, unit: int) -> None:
+        """A unit that is kept is home: its blocks go."""
+        if self._versions.pop(unit, None) is not None:
+            self.remove(unit)
 
 
 @dataclass(frozen=True)
@@ -204,6 +305,8 @@ class ManagedModule(Uncopied):
         self._units = units
         self._all = frozenset(range(len(units.units)))
         self._wish = _Wish(self._all)
+        self._home = next(iter(params.values())).device.type
+        self._home = "cpu" if self._home == "meta" else self._home
         self._repeats = repeats(model, params, units_of(model, params))
         self._guards = Guards(self.remedy, self._all_there)
         self._handles: list[Any] = []
@@ -274,7 +377,7 @@ class ManagedModule(Uncopied):
         begin = self._model.register_forward_pre_hook(self._begin_pass, prepend=True)
         self._handles.append(begin)
         self._handles.append(self._model.register_forward_hook(self._end_pass, always_call=True))
-        self._guards.put(self._model, {param.dtype for param in self._params.values()})
+        self._guards.put(self._model, {p.dtype for p in self._params.values()}, self._home)
 
     def _unhook(self) -> None:
         self._guards.remove()
@@ -307,7 +410,7 @@ class ManagedModule(Uncopied):
             return "resident" if self._wish.kept == self._all else "streams"
         if self._wish.limit:
             return "streams"
-        infos = [self._store.info(name) for name in self._units.all_names()]
+        infos = [self._store.info(n) for n in self._units.all_names() if n in self._store]
         return "evictable" if any("host" in i.tiers and not i.leases for i in infos) else "disk"
 
     @property
@@ -332,6 +435,8 @@ class ManagedModule(Uncopied):
         gone: set[int] = set()
         for unit, names in zip(self._units.units, self._units.names, strict=True):
             for part, name in zip(unit.parts, names, strict=True):
+                if name not in self._store:
+                    continue
                 info = self._store.info(name)
                 if info.leases:
                     held[part.name] = part.nbytes
@@ -391,13 +496,15 @@ class ManagedModule(Uncopied):
             No memory for them at the deadline.
         """
         self._alive()
-        check_target(target, (None, "cpu"))
+        check_target(target, (None, self._home))
         before, missing = self._wish, self.missing_bytes()
         wish = self._wish_for(room)
         try:
             self._apply(wish)
             for unit in sorted(wish.kept):
                 self._units.bring(unit, timeout)
+            for unit in sorted(wish.kept):
+                self._units.settled(unit)
         except BaseException:
             self._go_back(before, timeout)
             raise
@@ -456,6 +563,7 @@ class ManagedModule(Uncopied):
         for unit in sorted(wish.kept):
             try:
                 self._units.bring(unit, timeout)
+                self._units.settled(unit)
             except Exception:  # the first error is the one that counts
                 return
 
@@ -473,32 +581,19 @@ class ManagedModule(Uncopied):
         with torch.inference_mode(False):
             units.reclaim()
             out = self._all - self._wish.kept
-            copies = [pair for unit in sorted(out) for pair in self._copies(unit)]
+            copies = [pair for unit in sorted(out) for pair in units.copies(unit)]
             for unit in sorted(self._wish.kept):
                 units.bring(unit, units._timeout)
             for param, tensor in copies:
                 param.data = tensor
             self._unhook()
             for unit in sorted(self._wish.kept):
-                for param, tensor in self._copies(unit):
+                for param, tensor in units.copies(unit):
                     param.data = tensor
                 if units.stream.keep(unit, False):
                     units.stream.unbound(unit)
                 units.remove(unit)
             self._leave_model()
-
-    def _copies(self, unit: int) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:
-        """Copies of a unit's parameters; those that share memory share it again."""
-        for part, name in zip(self._units.units[unit].parts, self._units.names[unit], strict=True):
-            with self._store.lease(name, timeout=self._units._timeout) as lease:
-                if part.run is None:
-                    yield from _copy_memory(part, lease)
-                    continue
-                for place in part.places:
-                    window = lease.window(*place.of(0)[1:])
-                    yield place.param, from_dlpack(window).clone()
-            if unit not in self._wish.kept and part.run is not None:
-                self._store.evict(name)
 
     def close(self) -> None:
         """For a model that is thrown away: hooks go, parameters are unset, blocks go."""
@@ -518,20 +613,6 @@ class ManagedModule(Uncopied):
     def _alive(self) -> None:
         if self._ended:
             raise ValueError(f"the model {self.model_id!r} is not managed any more")
-
-
-def _copy_memory(part: Part, lease: _core.Lease) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:
-    whole = from_dlpack(lease.window(0, "uint8", (part.nbytes,))).clone()
-    for place in part.places:
-        step, rest = divmod(place.offset, place.param.element_size())
-        if rest:  # views of two types on the same bytes, at odd places
-            yield place.param, from_dlpack(lease.window(*place.of(0)[1:])).clone()
-            continue
-        fresh = torch.empty(0, dtype=place.param.dtype)
-        yield (
-            place.param,
-            fresh.set_(whole.untyped_storage(), step, place.param.shape, place.strides),
-        )
 
 
 def _is_gone(storage: StorageWeakRef) -> bool:
@@ -560,6 +641,14 @@ def manage_module(
     _refuse_shared(params)
     group = group_of(store, model_id)
     make = partial(ManagedUnits, group=group, store=store, timeout=timeout)
+    units: ManagedUnits
+    device = next(iter(params.values())).device
+    if device.type == "cuda" and model_dir is not None:
+        raise ValueError(f"model_dir is of a model on the CPU; this one is on {device}")
+    if device.type == "cuda":
+        at_home = partial(DeviceUnits, group=group, store=store, timeout=timeout, device=device)
+        units = at_home(parts_of_memory(model, params))
+        return ManagedModule(model, params, units, store, model_id)
     if model_dir is None:
         units = make(parts_of_memory(model, params))
         return ManagedModule(model, params, units, store, model_id, resident)

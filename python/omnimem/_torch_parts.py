@@ -132,15 +132,45 @@ def _join(params: dict[str, nn.Parameter], spans: list[tuple[int, int, str]]) ->
     """One block of parameters that share memory; it has the name of the first in the module."""
     start, end = spans[0][0], max(span[1] for span in spans)
     first = min(spans, key=lambda span: list(params).index(span[2]) if len(spans) > 1 else 0)[2]
-    with torch.inference_mode(False):
-        memory = torch.empty(0, dtype=torch.uint8).set_(
-            params[first].untyped_storage(), start, (end - start,), (1,)
-        )
+    memory = None
+    if params[first].device.type == "cpu":
+        memory = bytes_at(params[first], start, end - start)
     places = [
         Place(param := params[name], at - start, dtype_name(param.dtype), param.stride())
         for at, _, name in spans
     ]
     return Part(first, end - start, places, memory=memory)
+
+
+def bytes_at(tensor: torch.Tensor, start: int, nbytes: int) -> torch.Tensor:
+    """Bytes of a tensor's storage, where it is."""
+    with torch.inference_mode(False):
+        empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        return empty.set_(tensor.untyped_storage(), start, (nbytes,), (1,))
+
+
+def bytes_of(part: Part) -> torch.Tensor:
+    """The bytes of a part that its parameters show."""
+    place = part.places[0]
+    start = int(place.param.storage_offset()) * place.param.element_size() - place.offset
+    return bytes_at(place.param, start, part.nbytes)
+
+
+def shown(part: Part, whole: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """What its parameters are on the bytes of a part; those that share memory share it again."""
+    pairs = []
+    for place in part.places:
+        param = place.param
+        step, rest = divmod(place.offset, param.element_size())
+        if rest:  # two types on the same bytes, at odd places
+            nbytes = extent(torch.empty_strided(param.shape, place.strides, device="meta"))[1]
+            nbytes *= param.element_size()
+            mine, step = whole[place.offset : place.offset + nbytes].clone(), 0
+        else:
+            mine = whole
+        fresh = torch.empty(0, dtype=param.dtype, device=whole.device)
+        pairs.append((param, fresh.set_(mine.untyped_storage(), step, param.shape, place.strides)))
+    return pairs
 
 
 def parts_of_files(
