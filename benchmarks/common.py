@@ -14,12 +14,13 @@ import mmap
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ MADV_POPULATE_WRITE = 23
 MARK = "OMNIMEM-BENCH-RESULT "
 GB = 1e9
 PACKAGES = (
-    "torch", "transformers", "accelerate", "safetensors", "runai-model-streamer",
+    "torch", "transformers", "diffusers", "accelerate", "safetensors", "runai-model-streamer",
     "fastsafetensors", "numpy", "deepspeed", "zstandard", "lz4", "blosc2", "zipnn", "omnimem",
 )  # fmt: skip
 console = Console(stderr=True)
@@ -71,6 +72,17 @@ def drop_caches() -> None:
         raise BenchError(f"cannot drop the page cache ({error}); run this as root") from error
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM for as long as the block runs: what it takes away has to go."""
+    former = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 class Cgroup:
     """A memory cgroup (v1) of its own for one child process.
 
@@ -98,14 +110,15 @@ class Cgroup:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for _ in range(50):
-            with contextlib.suppress(OSError):
-                self._write("memory.force_empty", 0)
-            try:
-                self.path.rmdir()
-                return
-            except OSError:
-                time.sleep(0.1)
+        with uninterrupted():
+            for _ in range(50):
+                with contextlib.suppress(OSError):
+                    self._write("memory.force_empty", 0)
+                try:
+                    self.path.rmdir()
+                    return
+                except OSError:
+                    time.sleep(0.1)
         console.print(f"[yellow]could not remove {self.path}[/yellow]")
 
     def _write(self, name: str, value: int) -> None:
@@ -124,6 +137,25 @@ def reset_peak(cgroup: str | None) -> int:
     before = int(file.read_text())
     file.write_text("0")
     return before
+
+
+@contextlib.contextmanager
+def swap_file(scratch: Path, nbytes: int) -> Iterator[None]:
+    """Give the kernel a swap file for as long as the block runs; it goes whatever happens."""
+    file = scratch / f"omnimem-bench-swap-{os.getpid()}"
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+        os.close(fd)
+        for command in (["mkswap", str(file)], ["swapon", str(file)]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise BenchError(f"{command[0]}: {done.stderr.strip()}")
+        yield
+    finally:
+        with uninterrupted():
+            subprocess.run(["swapoff", str(file)], capture_output=True)
+            file.unlink(missing_ok=True)
 
 
 @dataclass
@@ -368,6 +400,11 @@ def tensors(model_dir: Path) -> dict[str, TensorAt]:
                              tuple(item["shape"]))  # fmt: skip
             found[name] = where
     return found
+
+
+def weights(folder: Path) -> int:
+    """Bytes of a checkpoint's tensors."""
+    return sum(at.nbytes for at in tensors(folder).values())
 
 
 # -- numbers and tables ----------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from common import (
     run_child,
     shards,
     show_table,
+    swap_file,
     tensors,
     write_json,
 )
@@ -216,24 +217,6 @@ def child(args: argparse.Namespace) -> None:
 
 
 # -- parent ----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def swap_file(scratch: Path, nbytes: int) -> Iterator[None]:
-    """Give the kernel a swap file for as long as the block runs."""
-    file = scratch / f"omnimem-bench-swap-{os.getpid()}"
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-        os.close(fd)
-        for command in (["mkswap", str(file)], ["swapon", str(file)]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise BenchError(f"{command[0]}: {done.stderr.strip()}")
-        yield
-    finally:
-        subprocess.run(["swapoff", str(file)], capture_output=True)
-        file.unlink(missing_ok=True)
 
 
 class Shape:

@@ -181,10 +181,12 @@ int om_store_use_end(struct om_store *s, const char *group);
 struct om_usage {
 	uint64_t uses, recent; /* ever; within the window asked for (of the last 64) */
 	unsigned busy;         /* that have begun and not ended */
-	/* om_now(); 0: never. The next one is expected a typical time after the last; once that has passed, the
-	 * later the longer the group was not used; now while one goes on. */
+	/* om_now(); 0: never. Uses that follow each other within a second, without another group's between, are one
+	 * run. The next one is expected a typical gap after the last began, when it is late after as much time again;
+	 * without a gap the later the longer the group was not used; now while one goes on. */
 	uint64_t first_ns, last_ns, next_ns;
-	uint64_t gap_ns; /* typical time between uses (median of the recent gaps); 0: unknown */
+	uint64_t
+		gap_ns; /* typical time between the beginnings of runs (median of the recent ones); 0: unknown */
 };
 int om_store_usage(struct om_store *s, const char *group, uint64_t window_ns, struct om_usage *ret);
 

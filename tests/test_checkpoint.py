@@ -283,6 +283,21 @@ def test_symlinks_are_followed(tmp_path: Path) -> None:
     assert checkpoint.open(snapshot).names() == ["a"]
 
 
+def test_folders_of_diffusers(tmp_path: Path) -> None:
+    stem = "diffusion_pytorch_model"
+    (tmp_path / "one").mkdir()
+    small(tmp_path / "one" / f"{stem}.safetensors", ["a"])
+    assert checkpoint.open(tmp_path / "one").names() == ["a"]
+    two = folder(
+        tmp_path / "two", {"1.safetensors": ["a"], "2.safetensors": ["b"]}, c="2.safetensors"
+    )
+    index = (two / "model.safetensors.index.json").rename(two / f"{stem}.safetensors.index.json")
+    with pytest.raises(FormatError, match=rf"'c', which {index.name} places there"):
+        checkpoint.open(two)
+    small(two / "2.safetensors", ["b", "c"])
+    assert checkpoint.open(two).names() == ["a", "b", "c"]
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"holds neither model.safetensors nor"):
         checkpoint.open(tmp_path)

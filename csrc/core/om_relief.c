@@ -15,6 +15,7 @@
 #define STEP_SHARE 20u     /* of all goes in one step at most, but under CRITICAL */
 #define QUANTUM    128u    /* so much of all goes besides what is needed */
 #define HEAP_NS    (10 * OM_NSEC)
+#define SHY        0.01 /* stores stay so far below where HIGH begins: their own growth is no alarm */
 #define FALLING    0.85 /* of the bytes of the last sample: what falls so fast needs no help */
 
 static void record(struct om_monitor *m, enum om_action_kind kind, uint64_t wanted, uint64_t freed,
@@ -48,6 +49,15 @@ static void add(struct om_pressed *sum, const struct om_pressed *p)
 	sum->left_bytes += p->left_bytes;
 }
 
+/* Where stores give up idle blocks rather than grow: they bring about no level above MEDIUM by themselves, and
+ * do not take again what they just gave. */
+static double ceiling(const struct om_monitor *m)
+{
+	const struct om_pressure_rules *rules = &m->assessor.ram.rules;
+
+	return rules->thresholds[OM_HIGH - 1] - (m->next.ram_level < OM_HIGH ? SHY : rules->margin);
+}
+
 /* What nobody uses goes; ret->left_bytes, and of each store left[i]: what could go. */
 static void trim(struct om_monitor *m, uint64_t deadline_ns, uint64_t *left, struct om_pressed *ret)
 {
@@ -59,7 +69,7 @@ static void trim(struct om_monitor *m, uint64_t deadline_ns, uint64_t *left, str
 		if (w->bank && !om_bank_trim(w->bank, &bytes))
 			p.trimmed_bytes = bytes;
 		else if (w->store)
-			om_store_press(w->store, m->next.ram_level, 0, 0, deadline_ns, &p);
+			om_store_press(w->store, m->next.ram_level, ceiling(m), 0, deadline_ns, &p);
 		left[i] = p.left_bytes;
 		add(ret, &p);
 	}
@@ -76,7 +86,7 @@ static void evict(struct om_monitor *m, uint64_t deadline_ns, uint64_t want, con
 
 		if (!left[i])
 			continue;
-		om_store_press(m->watched[i].store, m->next.ram_level, 0,
+		om_store_press(m->watched[i].store, m->next.ram_level, ceiling(m),
 		               (uint64_t)((double)left[i] * part), deadline_ns, &p);
 		add(ret, &p);
 	}

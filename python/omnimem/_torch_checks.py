@@ -6,7 +6,6 @@ names, shapes and dtypes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from torch import nn
 
 from omnimem import checkpoint
 from omnimem.errors import FormatError
-
-_EXPERTS = re.compile(r"\.experts\.|\.block_sparse_moe\.")
 
 
 def infos(files: checkpoint.Checkpoint) -> Iterator[tuple[str, checkpoint.TensorInfo]]:
@@ -43,14 +40,6 @@ def refuse_cast(dtype: torch.dtype | str | None, own: torch.dtype, folder: Path)
         raise ValueError(
             f"{folder}: dtype={wanted} would need a cast of every weight each time that it is "
             f"read; the checkpoint's own is {own}. Leave dtype out, or convert the checkpoint"
-        )
-
-
-def refuse_experts(files: checkpoint.Checkpoint, folder: Path) -> None:
-    expert = next((name for name in files.names() if _EXPERTS.search(name)), None)
-    if expert is not None:
-        raise ValueError(
-            f"{folder}: a mixture of experts ({expert}) is not supported; only dense models are"
         )
 
 

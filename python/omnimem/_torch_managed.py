@@ -27,7 +27,8 @@ from torch.utils.dlpack import from_dlpack
 
 from omnimem import _core, checkpoint
 from omnimem._managed import Movable, Moved, check_target, group_of, missing_bytes, swap_out
-from omnimem._torch_checks import check_fit, refuse_experts
+from omnimem._plan_layout import refuse_experts
+from omnimem._torch_checks import check_fit
 from omnimem._torch_guards import Guards, Uncopied
 from omnimem._torch_parts import (
     UnitParts,

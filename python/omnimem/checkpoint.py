@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "TensorInfo", "Unit", "open", "unit_names"]
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _STORE_SLACK = 64 << 20
 
 
@@ -86,6 +85,12 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all tensors, decoded."""
         return sum(info.nbytes for info in self._tensors.values())
+
+    @property
+    def coding(self) -> str | None:
+        """How packed files are encoded ("balanced", "fast"); None: the tensors are plain."""
+        packings = (shard.packing for shard in self._shards.values())
+        return next((packing.coding for packing in packings if packing), None)
 
     @property
     def files(self) -> list[str]:
@@ -208,7 +213,8 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
     ----------
     path : path-like
         A ``.safetensors`` file, or a folder with ``model.safetensors`` or with
-        ``model.safetensors.index.json`` and its shards. Symlinks are followed.
+        ``model.safetensors.index.json`` and its shards; diffusers' folders, whose files are called
+        ``diffusion_pytorch_model``, too. Symlinks are followed.
 
     Returns
     -------
@@ -229,13 +235,14 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
         )
     if not place.is_dir():
         return _collect(place, [place])
-    if (place / SINGLE_NAME).is_file():
-        return _collect(place, [place / SINGLE_NAME])
-    if (place / INDEX_NAME).is_file():
-        return _open_index(place)
+    for single in SINGLE_NAMES:
+        if (place / single).is_file():
+            return _collect(place, [place / single])
+        if (place / f"{single}.index.json").is_file():
+            return _open_index(place / f"{single}.index.json")
     raise FormatError(
-        f"{place}: holds neither {SINGLE_NAME} nor {INDEX_NAME}; name the folder that has the "
-        "weights (in a Hugging Face cache: snapshots/<revision>)"
+        f"{place}: holds neither {SINGLE_NAMES[0]} nor {SINGLE_NAMES[0]}.index.json; name the "
+        "folder that has the weights (in a Hugging Face cache: snapshots/<revision>)"
     )
 
 
@@ -255,8 +262,8 @@ def _collect(place: Path, paths: Iterable[Path]) -> Checkpoint:
     return Checkpoint(place, tensors, shards)
 
 
-def _open_index(folder: Path) -> Checkpoint:
-    index = folder / INDEX_NAME
+def _open_index(index: Path) -> Checkpoint:
+    folder = index.parent
     size = index.stat().st_size
     if size > HEADER_CAP:
         raise FormatError(f"{index}: {size} bytes, over the limit of {HEADER_CAP} for an index")
@@ -282,18 +289,18 @@ def _open_index(folder: Path) -> Checkpoint:
     for name, shard in weight_map.items():
         if name not in checkpoint:
             raise FormatError(
-                f"{folder / shard}: has no tensor {name!r}, which {INDEX_NAME} places there; "
+                f"{folder / shard}: has no tensor {name!r}, which {index.name} places there; "
                 "fetch both again"
             )
         if checkpoint.info(name).file != os.fspath(folder / shard):
             raise FormatError(
-                f"{checkpoint.info(name).file}: holds tensor {name!r}, which {INDEX_NAME} places "
+                f"{checkpoint.info(name).file}: holds tensor {name!r}, which {index.name} places "
                 f"in {shard}; fetch both again"
             )
     for name in checkpoint.names():
         if name not in weight_map:
             raise FormatError(
-                f"{checkpoint.info(name).file}: tensor {name!r} is not in {INDEX_NAME}; fetch "
+                f"{checkpoint.info(name).file}: tensor {name!r} is not in {index.name}; fetch "
                 "both again"
             )
     return checkpoint

@@ -16,6 +16,7 @@ blocks stays resident, plain or encoded, and the rest streams through a ring. Th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from omnimem._plan_units import PAGE, PLAIN, Run, Tensor, UnitPlan, runs_of
 __all__ = ["PAGE", "Plan", "Rates", "Run", "Tensor", "UnitPlan", "make_plan", "uses_of"]
 
 CODINGS = ("fast", "balanced")
-_VISION = re.compile(r"(^|\.)(visual|vision\w*|image\w*|audio\w*)(\.|$)")
+VISION = re.compile(r"(^|\.)(visual|vision\w*|image\w*|audio\w*)(\.|$)")
 _WORTH = 0.9
 """Encoding has to save a tenth of the expected time: rates are never quite right."""
 _USES_PER_REQUEST = 64.0
@@ -73,7 +74,7 @@ class Plan:
 
 def uses_of(unit: str) -> float:
     """Expected uses of a unit per request, from its name."""
-    return 1.0 if _VISION.search(unit) else _USES_PER_REQUEST
+    return 1.0 if VISION.search(unit) else _USES_PER_REQUEST
 
 
 def make_plan(
@@ -145,10 +146,8 @@ def _measured(rates: Rates) -> str:
         f"{coding} {rate / 1e9:.1f} GB/s to {rates.share[coding]:.0%}"
         for coding, rate in rates.decode.items()
     )
-    return (
-        f"measured: disk {rates.read / 1e9:.2f} GB/s, computing {rates.compute / 1e9:.1f} GB/s, "
-        f"decoding {decode}"
-    )
+    computing = f"{rates.compute / 1e9:.1f} GB/s" if math.isfinite(rates.compute) else "unknown"
+    return f"measured: disk {rates.read / 1e9:.2f} GB/s, computing {computing}, decoding {decode}"
 
 
 def _describe(choice: Choice, reason: str, budget: int, rates: Rates | None) -> Plan:

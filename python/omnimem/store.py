@@ -150,9 +150,10 @@ class Usage:
     """When the last one began."""
     next: float
     """When it is expected to be used next: now while it is in use, else a typical gap after the
-    last time; once that has passed, the later the longer it was not used. 0.0: it never was."""
+    last run of uses began, when it is late after as much time again. 0.0: it never was used."""
     gap: float
-    """Seconds between uses, the median of the last ones; 0.0: unknown."""
+    """Seconds between the beginnings of runs, the median of the last ones; 0.0: unknown. Uses
+    within a second of each other, without another group's between, are one run."""
 
 
 @dataclass(frozen=True, slots=True)

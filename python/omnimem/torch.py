@@ -14,27 +14,34 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from omnimem import checkpoint
-from omnimem._rates import measure
-from omnimem._torch_checks import check_fit, infos, main_dtype, refuse_cast, refuse_experts
+from omnimem._plan_layout import (
+    Layout,
+    check_folder,
+    lay_out,
+    measure_plan,
+    plan_layout,
+    refuse_experts,
+)
+from omnimem._torch_checks import check_fit, infos, main_dtype, refuse_cast
 from omnimem._torch_streamed import Streamed
-from omnimem._torch_units import repeats, unset
-from omnimem._units import execution_order, unit_names
+from omnimem._torch_units import unset
 from omnimem.config import StoreConfig, parse_size
 from omnimem.errors import FormatError
-from omnimem.plan import CODINGS, Plan, Rates, Tensor, make_plan
+from omnimem.plan import CODINGS
 from omnimem.store import Store
 
 __all__ = ["Streamed", "attach", "load"]
 
-_LITTLE = 32 << 20
 _PRODUCTS = 0.75
 """Of the time of a layer: the rest is attention, norms and the interpreter."""
 _SOME_RATE = 10e9
@@ -100,30 +107,7 @@ def load(
     folder = Path(model_dir)
     nbytes = parse_size(budget, "budget")
     with checkpoint.open(folder) as files, torch.inference_mode(False):
-        config = transformers.AutoConfig.from_pretrained(folder)
-        refuse_experts(files, folder)
-        own = main_dtype(files)
-        refuse_cast(dtype, own, folder)
-        names = config.architectures or []
-        model_class = getattr(transformers, names[0], None) if names else None
-        if model_class is None:
-            raise ValueError(f"{folder}/config.json: transformers has no class {names!r}")
-        weights = {name: unset(info.shape, own) for name, info in infos(files)}
-        model, found = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=weights,
-            dtype=own,
-            ignore_mismatched_sizes=True,  # told below, with those that lack
-            output_loading_info=True,
-        )
-        lacking = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
-        if lacking or found["error_msgs"]:
-            raise FormatError(
-                f"{folder}: the checkpoint does not hold the model {names[0]}: "
-                f"{', '.join(lacking[:5]) or found['error_msgs'][0]}"
-                f"{f' and {len(lacking) - 5} more' if len(lacking) > 5 else ''}"
-            )
+        model = _build(files, folder, dtype)
         if model.can_generate() and (folder / "generation_config.json").exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         for name, buffer in model.named_buffers():
@@ -133,6 +117,54 @@ def load(
         _attach(model, files, folder, nbytes, store, compression, verify, io_backend, timeout)
     built: nn.Module = model
     return built
+
+
+def _build(files: checkpoint.Checkpoint, folder: Path, dtype: torch.dtype | str | None) -> Any:
+    """The model, its parameters unset; no weight is read."""
+    import transformers
+
+    check_folder(files, folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    own = main_dtype(files)
+    refuse_cast(dtype, own, folder)
+    names = config.architectures or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    if model_class is None:
+        raise ValueError(f"{folder}/config.json: transformers has no class {names!r}")
+    weights = {name: unset(info.shape, own) for name, info in infos(files)}
+    model, found = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=own,
+        ignore_mismatched_sizes=True,  # told below, with those that lack
+        output_loading_info=True,
+    )
+    lacking = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
+    if lacking or found["error_msgs"]:
+        raise FormatError(
+            f"{folder}: the checkpoint does not hold the model {names[0]}: "
+            f"{', '.join(lacking[:5]) or found['error_msgs'][0]}"
+            f"{f' and {len(lacking) - 5} more' if len(lacking) > 5 else ''}"
+        )
+    return model
+
+
+def layout(files: checkpoint.Checkpoint, folder: Path) -> Layout:
+    """What the model in a folder uses of its checkpoint, as `load` would; no weight is read.
+
+    Raises as `load` does.
+    """
+    with torch.inference_mode(False):
+        return _layout(_build(files, folder, None), files, folder)
+
+
+def _layout(model: nn.Module, files: checkpoint.Checkpoint, folder: Path) -> Layout:
+    params = dict(model.named_parameters())
+    check_fit(params, dict(model.named_buffers()), files, folder)
+    shared = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
+    uses = {name: shared[id(param)] for name, param in params.items()}
+    return lay_out(files, uses, getattr(model, "config", None))
 
 
 def attach(
@@ -159,32 +191,7 @@ def attach(
     return model
 
 
-def _worth_measuring(plan: Plan, compression: str) -> bool:
-    """Does a token read anything, and with "auto" enough to be worth the measuring?"""
-    return plan.stream_bytes > (_LITTLE if compression == "auto" else 0)
-
-
-def _measure(plan: Plan, files: checkpoint.Checkpoint, compression: str, io_backend: str) -> Rates:
-    tensors = [
-        tensor
-        for unit in plan.units
-        if unit.decodes and unit.streamed_bytes
-        for tensor in unit.tensors
-        if tensor.nbytes
-    ]
-    dtypes = [files.info(tensor.name).dtype for tensor in tensors]
-    codings = CODINGS if compression == "auto" else (compression,)
-    return measure(
-        tensors,
-        dtypes,
-        codings,
-        _compute_rate,
-        memory_bytes=plan.budget_bytes,
-        io_backend=io_backend,
-    )
-
-
-def _compute_rate(store: Store, names: Sequence[str], dtype: str) -> float:
+def compute_rate(store: Store, names: Sequence[str], dtype: str) -> float:
     """Bytes of weights per second that a token goes through, at best."""
     width = 1024
     kind = getattr(torch, dtype, torch.uint8)
@@ -222,18 +229,12 @@ def _attach(
         raise ValueError(f"compression is 'auto', 'fast', 'balanced' or None, not {compression!r}")
     if getattr(model, "omnimem", None) is not None:
         raise ValueError("this model streams already; call model.omnimem.detach() first")
-    params = dict(model.named_parameters())
-    check_fit(params, dict(model.named_buffers()), files, folder)
-    units = unit_names(params)
-    order = execution_order(units.values(), getattr(model, "config", None))
-    grouped: dict[str, list[Tensor]] = {unit: [] for unit in order}
-    for name, unit in units.items():
-        info = files.info(name)
-        grouped[unit].append(Tensor(name, info.file, info.offset, info.nbytes, info.encoded_nbytes))
-    plan = make_plan(grouped.items(), budget, repeats(model, params, units))
-    if compression is not None and _worth_measuring(plan, compression):
-        rates = _measure(plan, files, compression, io_backend)
-        plan = make_plan(grouped.items(), budget, repeats(model, params, units), compression, rates)
+    plan = plan_layout(
+        _layout(model, files, folder),
+        budget,
+        compression,
+        lambda plan: measure_plan(plan, files, compression, compute_rate, io_backend),
+    )
     files.check_unchanged()
     own_store = None
     if store is None:
@@ -242,7 +243,7 @@ def _attach(
             StoreConfig(host_limit=limit, disk_limit=0, verify=verify, io_backend=io_backend)
         )
     try:
-        Streamed(model, params, files, plan, store, own_store, timeout)
+        Streamed(model, dict(model.named_parameters()), files, plan, store, own_store, timeout)
     except BaseException:
         if own_store is not None:
             own_store.close()

@@ -14,15 +14,20 @@
 static char dir[] = "/var/tmp/omnimem-test-XXXXXX";
 static uint8_t data[BYTES];
 
+/* Used for a moment, after somebody else was. */
 static void use(struct om_use *u, uint64_t at_ns)
 {
-	om_use_begin(u, at_ns);
-	u->busy--;
+	static uint64_t turn;
+
+	turn++;
+	om_use_begin(u, at_ns, &turn);
+	om_use_end(u, at_ns);
 }
 
 static void gaps_and_the_next_use(void)
 {
 	struct om_use u = { 0 };
+	uint64_t turn = 0;
 
 	CHECK_EQ(om_use_next(&u, 500), 0);
 	use(&u, 1000);
@@ -34,11 +39,13 @@ static void gaps_and_the_next_use(void)
 	use(&u, 5100);
 	CHECK_EQ(u.gap_ns, 100);
 	CHECK_EQ(om_use_next(&u, 5150), 5200);
-	CHECK_EQ(om_use_next(&u, 5200), 5300); /* it did not come */
-	CHECK_EQ(om_use_next(&u, 6100), 7100);
-	om_use_begin(&u, 7000);
+	CHECK_EQ(om_use_next(&u, 5200), 5200);
+	CHECK_EQ(om_use_next(&u, 5201), 5202); /* a little late: any moment now */
+	CHECK_EQ(om_use_next(&u, 6100), 7000);
+	om_use_begin(&u, 7000, &turn);
 	CHECK_EQ(om_use_next(&u, 7700), 7700); /* while it goes on */
-	u.busy--;
+	om_use_end(&u, 7700);
+	CHECK_EQ(om_use_next(&u, 7800), 7900); /* it took longer than a gap: nothing is known */
 	CHECK_EQ(u.count, 6);
 	CHECK_EQ(u.first_ns, 1000);
 	CHECK_EQ(om_use_recent(&u, 5000), 3);
@@ -47,6 +54,35 @@ static void gaps_and_the_next_use(void)
 	CHECK_EQ(u.gap_ns, 7);
 	CHECK_EQ(om_use_recent(&u, 0), OM_USES);
 	CHECK_EQ(u.count, 1006);
+}
+
+/* Passes of one request follow each other closely; what counts is when requests come. */
+static void passes_are_one_run(void)
+{
+	struct om_use a = { 0 }, b = { 0 };
+	uint64_t turn = 0, second = OM_NSEC, now = 100 * second;
+
+	for (int request = 0; request < 4; request++, now += 6 * second) {
+		for (uint64_t pass = 0; pass < 8; pass++) {
+			om_use_begin(&a, now + pass * second / 2, &turn);
+			om_use_end(&a, now + pass * second / 2 + second / 4);
+		}
+		om_use_begin(&b, now + 4 * second, &turn);
+		om_use_end(&b, now + 5 * second);
+	}
+	CHECK_EQ(a.count, 32);
+	CHECK_EQ(a.gap_ns, 6 * second);
+	CHECK_EQ(b.gap_ns, 6 * second);
+	CHECK_EQ(om_use_next(&a, now - second), now); /* a is next, b after it: LRU would give a */
+	CHECK_EQ(om_use_next(&b, now - second), now + 4 * second);
+	om_use_begin(&b, now, &turn); /* more than a second later: another run all the same */
+	CHECK_EQ(b.run_count, 5);
+	om_use_end(&b, now + 1);
+	om_use_begin(&b, now + 2, &turn);
+	CHECK_EQ(b.run_count, 5);
+	om_use_begin(&a, now + 2, &turn); /* both at once, in turns */
+	om_use_begin(&b, now + 3, &turn);
+	CHECK_EQ(b.run_count, 6);
 }
 
 static struct om_store *open_store(uint64_t host)
@@ -182,6 +218,7 @@ int main(void)
 {
 	CHECK(mkdtemp(dir));
 	gaps_and_the_next_use();
+	passes_are_one_run();
 	the_furthest_gives();
 	plain_groups_are_one_lru();
 	what_is_told();

@@ -1,4 +1,4 @@
-"""The command line: ``omnimem run``, ``pack``, ``unpack``, ``synth``, ``config``, ``demo``.
+"""The command line: ``omnimem run``, ``plan``, ``pack``, ``synth``, ``doctor`` and so on.
 
 Commands live in a module each; torch is imported only by the one that computes. What goes wrong is
 one line on stderr: exit code 2 for a wrong command line, 1 for anything else, 130 for Ctrl-C.
@@ -15,7 +15,9 @@ import click
 from omnimem import __version__
 from omnimem.cli.config import config_command
 from omnimem.cli.demo import demo_command
+from omnimem.cli.doctor import doctor_command
 from omnimem.cli.pack import pack_command, unpack_command
+from omnimem.cli.plan import plan_command
 from omnimem.cli.run import run_command
 from omnimem.cli.synth import synth_command
 from omnimem.errors import Error
@@ -23,7 +25,14 @@ from omnimem.errors import Error
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _InOrder(click.Group):
+    """Lists commands as they were added: the ones that are needed first come first."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="omnimem")
 def cli() -> None:
     """Run large models in less memory than their weights need."""
@@ -31,6 +40,8 @@ def cli() -> None:
 
 for _command in (
     run_command,
+    plan_command,
+    doctor_command,
     pack_command,
     unpack_command,
     synth_command,

@@ -8,8 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from omnimem.config import format_size, parse_size
 
+_NO_TERMINAL = 1000
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
@@ -43,6 +46,12 @@ def process_memory(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}; it takes Linux to measure this")
+
+
+def columns() -> int:
+    """Width of standard output: the terminal's; where it is none, enough for whole sentences."""
+    console = Console()
+    return console.width if console.is_terminal or "COLUMNS" in os.environ else _NO_TERMINAL
 
 
 def show_size(nbytes: float) -> str:
