@@ -101,8 +101,8 @@ def test_two_in_use_share(models: dict[str, Any], budget: Budget) -> None:
     calls(a)
     budget.used(b.movable)
     b.movable.in_use = True
-    assert calls(a) == [("resize", 75 * MIB)]
-    assert calls(b) == [("resize", 75 * MIB)]
+    assert calls(a) == [("resize", 73 * MIB)]
+    assert calls(b) == [("resize", 73 * MIB)]
     budget.used(a.movable)
     assert calls(a) == calls(b) == []
     b.movable.in_use = False

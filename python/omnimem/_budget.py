@@ -26,6 +26,8 @@ __all__ = ["Budget", "shares"]
 log = logging.getLogger("omnimem.manager")
 
 _PAGE = 4096
+_SEGMENT = 2 << 20
+"""What a store takes memory in."""
 
 
 def shares(budget: int, users: Mapping[str, int]) -> dict[str, int]:
@@ -78,7 +80,7 @@ class Budget:
             return
         busy = [each for each in self._models if each is not entry and each.movable.in_use]
         users = {each.model_id: each for each in (entry, *busy)}
-        parts = shares(self._models.limit, {name: each.size for name, each in users.items()})
+        parts = shares(self._shared(len(users)), {name: each.size for name, each in users.items()})
         rooms = {name: self._room(each, parts[name]) for name, each in users.items()}
         room = rooms[entry.model_id]
         if entry.room == room:
@@ -97,6 +99,11 @@ class Budget:
         except (Error, OSError, MemoryError) as error:
             # It streams in the room that it has; what it cannot read is told where it is read.
             log.warning("%r begins without memory of its own: %s", entry.model_id, error)
+
+    def _shared(self, users: int) -> int:
+        """What so many models may have: those beside others each leave a segment partly filled."""
+        limit = self._models.limit
+        return limit if users == 1 else max(limit - users * _SEGMENT, limit // 2)
 
     @staticmethod
     def _room(entry: Entry, part: int) -> int:

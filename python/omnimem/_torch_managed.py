@@ -413,7 +413,7 @@ def manage_module(
     if device.type == "cuda":
         at_home = partial(DeviceUnits, group=group, store=store, timeout=timeout, device=device)
         units = at_home(parts_of_memory(model, params))
-        return ManagedModule(model, params, units, store, model_id)
+        return ManagedModule(model, params, units, store, model_id, resident=True)
     if model_dir is None:
         units = make(parts_of_memory(model, params))
         return ManagedModule(model, params, units, store, model_id)
