@@ -8,6 +8,7 @@ autograd still needs stay as they are until it does not.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from omnimem._torch_parts import (
 )
 from omnimem._torch_units import materialize, repeats, restore, unset
 from omnimem.config import format_size, parse_size
+from omnimem.errors import ClosedError
 from omnimem.plan import make_plan
 from omnimem.store import Store
 
@@ -63,6 +65,7 @@ class ManagedModule(Uncopied):
         units: ManagedUnits,
         store: Store,
         model_id: str,
+        resident: bool,
     ) -> None:
         self.model_id = model_id
         self.group = units.group
@@ -90,9 +93,9 @@ class ManagedModule(Uncopied):
         """What the parameters' memory was before; somebody may still hold it."""
         self._replaced: set[int] = set()
         """Parameters that show what was read, while the model is being taken over."""
-        self._start()
+        self._start(resident)
 
-    def _start(self) -> None:
+    def _start(self, resident: bool) -> None:
         former: dict[int, torch.Tensor] = {}
         try:
             self._units.load()
@@ -100,7 +103,7 @@ class ManagedModule(Uncopied):
             with torch.inference_mode(False):
                 for param in self._params.values():
                     former[id(param)] = materialize(param)
-            if meta:
+            if meta or not resident:
                 self._wish = _Wish(frozenset())
             self._show_all(former)
             self._hook()
@@ -125,6 +128,8 @@ class ManagedModule(Uncopied):
                 with torch.inference_mode(False):
                     for param in unit.params:
                         param.data = unset(param.shape, param.dtype)
+                for part in unit.parts:
+                    part.memory = None
                 continue
             self._units.stream.keep(number, True)
             self._units.bring(number, self._units._timeout)
@@ -158,7 +163,8 @@ class ManagedModule(Uncopied):
             self.on_use(self)
 
     def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._units.end_pass(self._end)
+        with contextlib.suppress(ClosedError):  # of a store that is closed during the pass
+            self._units.end_pass(self._end)
 
     def _alone(self) -> None:
         """A unit is used outside any pass: that is a use of the model, too."""
@@ -395,6 +401,7 @@ def manage_module(
     model_id: str,
     model_dir: str | os.PathLike[str] | None,
     timeout: float,
+    resident: bool,
 ) -> ManagedModule:
     """See `omnimem._managed.manage`."""
     params = dict(model.named_parameters())
@@ -416,14 +423,14 @@ def manage_module(
         return ManagedModule(model, params, units, store, model_id, resident=True)
     if model_dir is None:
         units = make(parts_of_memory(model, params))
-        return ManagedModule(model, params, units, store, model_id)
+        return ManagedModule(model, params, units, store, model_id, resident)
     folder = Path(model_dir)
     with checkpoint.open(folder) as files:
         refuse_experts(files, folder)
         check_fit(params, dict(model.named_buffers()), files, folder)
         units = make(parts_of_files(model, params, files))
         files.check_unchanged()
-    return ManagedModule(model, params, units, store, model_id)
+    return ManagedModule(model, params, units, store, model_id, resident)
 
 
 def _refuse_shared(params: dict[str, nn.Parameter]) -> None:
