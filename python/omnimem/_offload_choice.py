@@ -97,7 +97,7 @@ class Model:
 
     model_id: str
     host_bytes: int = 0
-    """Of its weights in memory: what it would give."""
+    """Of its weights in memory, those in use: what it would give."""
     missing_bytes: int = 0
     """What would have to come."""
     seconds_per_byte: float | None = None

@@ -258,7 +258,8 @@ class Models:
         entry = self._entries.get(model_id)
         if entry is None:
             return Model(model_id=model_id, busy=use.busy > 0, **seen)
-        host = entry.movable.host_bytes()
+        # What is idle and lies in a file is not in use any more: the store gives it up by itself.
+        host = entry.movable.host_bytes() - self.store.group_stats(entry.movable.group).spare_bytes
         seconds, writes = self._cost(entry, host)
         return Model(
             model_id=model_id,

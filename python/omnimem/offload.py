@@ -338,7 +338,9 @@ class AutomaticOffloader:
         for decision in plan_offloads(memory, models, self.config, now, self._pressed).values():
             entry = self._models.get(decision.model_id)
             if decision and entry is not None:
-                self._offload(entry, "disk", 30.0, decision.reason)
+                # What lies in a file is out of use once it is idle, and goes when it has to.
+                target = "cpu" if entry.has_origin else "disk"
+                self._offload(entry, target, 30.0, decision.reason)
         if self._pressed:
             return
         spare = max(self._models.spare(), 0)
