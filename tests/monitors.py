@@ -98,6 +98,7 @@ class StandIn:
                 "overhead_seconds": 0.0,
                 "transitions": dict(self.transitions),
                 "peak": (3 * GIB, 1.0, 1.0, [("block of the peak", "its group", GIB)]),
+                "spare": 0,
                 **self.more,
             }
 

@@ -21,8 +21,10 @@ from omnimem.store import GroupStats, Store
 if TYPE_CHECKING:
     from omnimem.monitor import MemoryStats
 
-_GROUPS, _BLOCKS, _ACTIONS = 8, 5, 5
+_GROUPS, _BLOCKS, _ACTIONS = 8, 3, 5
 """How many of each are shown."""
+_BRIEF = 20
+"""Characters of a name that is told elsewhere in full."""
 _ACTS = {
     "trim": "giving unused memory back",
     "evict": "evicting idle blocks",
@@ -53,18 +55,23 @@ def explain(
         emoji=False,
     )
     console.print(_sentence(report, actions, thresholds), soft_wrap=False)
+    parts = [
+        list(part)
+        for part in (
+            _places(report),
+            _holders(report, stats),
+            _groups(store),
+            _blocks(report),
+            _course(report, thresholds),
+            _done(actions),
+        )
+    ]
+    longest = max(len(row[0]) for part in parts for row in part)
     table = Table(box=box.ASCII2, show_edge=False)
-    table.add_column("what", overflow="fold")
+    table.add_column("what", overflow="fold", width=min(longest, max(console.width - 40, 20)))
     table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("of that", overflow="fold")
-    for part in (
-        _places(report),
-        _holders(report, stats),
-        _groups(store),
-        _blocks(report),
-        _course(report, thresholds),
-        _done(actions),
-    ):
+    table.add_column("of", overflow="fold")
+    for part in parts:
         for row in part:
             table.add_row(*row)
         table.add_section()
@@ -102,13 +109,17 @@ def _sentence(
 
 def _places(report: dict[str, Any]) -> Iterator[_Row]:
     for source, limit, high, used, available in report["places"]:
-        binds = ", binds" if source == report["source"] else ""
+        several = len(report["places"]) > 1
+        binds = ", the tightest" if several and source == report["source"] else ""
         soft = f", slowed down from {format_size(high)} on" if high else ""
         yield (
             f"in use: {source}",
             format_size(used),
-            f"{format_size(limit)}{soft}, {format_size(available)} available{binds}",
+            f"{format_size(limit)}{soft}, {format_size(available)} left{binds}",
         )
+    if report["spare"]:
+        spare = format_size(report["spare"])
+        yield "  of that idle, in files too", spare, "goes for nothing, not counted in pressure"
     for _, _, name, total, free, *_ in report["gpus"]:
         yield f"in use: {name}", format_size(total - free), format_size(total)
     if report["swap"] and report["swap"][0]:
@@ -125,10 +136,12 @@ def _holders(report: dict[str, Any], stats: MemoryStats) -> Iterator[_Row]:
     if stats.store is not None:
         for name in ("host", "packed", "disk"):
             tier = getattr(stats.store, name)
-            within = f"{format_size(tier.limit_bytes)}, at most {format_size(tier.peak_bytes)}"
-            yield f"store: {name}", format_size(tier.used_bytes), within
+            if tier.peak_bytes:
+                within = f"{format_size(tier.limit_bytes)}, peak {format_size(tier.peak_bytes)}"
+                yield f"store: {name}", format_size(tier.used_bytes), within
     for device, pool in stats.pool_stats.items():
-        yield f"pool: {device}", format_size(pool.reserved_size), format_size(pool.total_size)
+        if pool.total_size:
+            yield f"pool: {device}", format_size(pool.reserved_size), format_size(pool.total_size)
     if stats.cache_stats:
         yield (
             "cache",
@@ -137,15 +150,27 @@ def _holders(report: dict[str, Any], stats: MemoryStats) -> Iterator[_Row]:
         )
 
 
+def _named(group: str) -> str:
+    """A group for people: that of a model is its id."""
+    model = group.removeprefix("model:")
+    return f"group {group}" if model == group else f"model {model}"
+
+
+def _brief(name: str) -> str:
+    """Both ends of a long name."""
+    return name if len(name) <= _BRIEF else f"{name[: _BRIEF // 2]}…{name[-_BRIEF // 2 + 1 :]}"
+
+
 def _groups(store: Store | None) -> Iterator[_Row]:
     groups: list[tuple[str, GroupStats]] = []
     with suppress(ClosedError):
         groups = [] if store is None else [(g, store.group_stats(g)) for g in store.groups()]
     groups.sort(key=lambda group: -group[1].host_bytes)
     for name, group in groups[:_GROUPS]:
-        limit = format_size(group.limit_bytes) if group.limit_bytes else "the store's limit"
-        leases = "1 lease" if group.leases == 1 else f"{group.leases} leases"
-        yield f"group: {name}", format_size(group.host_bytes), f"{limit}, {leases}"
+        if group.host_bytes:
+            limit = format_size(group.limit_bytes) if group.limit_bytes else "the store's limit"
+            leases = "1 lease" if group.leases == 1 else f"{group.leases} leases"
+            yield _named(name), format_size(group.host_bytes), f"{limit}, {leases}"
 
 
 def _blocks(report: dict[str, Any]) -> Iterator[_Row]:
@@ -154,7 +179,8 @@ def _blocks(report: dict[str, Any]) -> Iterator[_Row]:
         moment = time.strftime("%H:%M:%S", time.localtime(when))
         yield "most in use", format_size(peak), f"at {moment}"
     for block, group, nbytes in blocks[:_BLOCKS]:
-        yield f"  with block: {block}", format_size(nbytes), f"group {group}"
+        name = block.removeprefix(f"{group}/")
+        yield f"  {name}", format_size(nbytes), f"of {_brief(group.removeprefix('model:'))}"
 
 
 def _course(report: dict[str, Any], thresholds: Sequence[float]) -> Iterator[_Row]:
@@ -165,7 +191,7 @@ def _course(report: dict[str, Any], thresholds: Sequence[float]) -> Iterator[_Ro
         "unknown" if slope is None else f"{format_size(slope)}/s",
         "" if left is None else f"all in use in {left:.0f} s if it goes on",
     )
-    if report["psi"] is not None:
+    if report["psi"] is not None and report["psi"][0] >= 0.0005:
         some, full = report["psi"]
         yield "waiting for memory", "", f"some tasks {_percent(some)}, all {_percent(full)} of time"
     marks = zip(("medium", "high", "critical"), thresholds, strict=True)
