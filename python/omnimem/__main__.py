@@ -1,0 +1,5 @@
+"""``python -m omnimem``: the command line."""
+
+from omnimem.cli import main
+
+main()
