@@ -90,11 +90,13 @@ def _read_rate(store: Store, tensors: Sequence[Tensor], most: int) -> float:
     """Read a stretch from the middle of the files, in pieces."""
     middle = len(tensors) // 3
     pieces: list[tuple[str, int, int]] = []
+    taken = 0
     for tensor in (*tensors[middle:], *tensors[:middle]):
         for at in range(0, tensor.length, _PIECE):
             nbytes = min(_PIECE, tensor.length - at)
-            if len(pieces) * _PIECE < most and nbytes >= min(MIB, tensor.length):
+            if taken < most and nbytes >= min(MIB, tensor.length):
                 pieces.append((tensor.file, tensor.offset + at, nbytes))
+                taken += nbytes
     names = [f"read-{number}" for number in range(len(pieces))]
     for name, piece in zip(names, pieces, strict=True):
         store.add_file(name, *piece)
