@@ -489,7 +489,8 @@ int om_press_begin(struct om_store *s, enum om_level level, double ceiling, uint
 int om_press_wait(struct om_press *p, uint64_t deadline_ns);
 void om_press_end(struct om_press *p, struct om_pressed *ret);
 /* Give memory that no block uses back to the system, but for `reserve` bytes that stay populated, and what
- * is free in the swap file. Both happen by themselves after ten seconds, with a reserve of 16 MiB. */
+ * is free in the swap file. Both happen by themselves after ten seconds, with a reserve of 16 MiB. What the C
+ * library keeps of memory that was freed goes back as well. */
 int om_store_trim(struct om_store *s, uint64_t reserve_bytes);
 /* Another limit of the swap file; and another directory (NULL: as it is), OM_EVALUE once there is a
  * file. */

@@ -305,7 +305,7 @@ def test_a_budget_below_the_least(capsys: pytest.CaptureFixture[str]) -> None:
     for more in ([], ["--ram", "1GiB"]):
         text = error_of(capsys, str(folder("tiny")), "--ram", "100KiB", *more)
         assert f"below the least, {floor('tiny')} bytes (1.77 MiB)" in text
-    assert "budget='lots'" in error_of(capsys, str(folder("tiny")), "--ram", "lots")
+    assert "--ram='lots'" in error_of(capsys, str(folder("tiny")), "--ram", "lots")
 
 
 def write_tensors(place: Path, names: list[str]) -> None:

@@ -5,6 +5,7 @@
 #include <errno.h>
 
 #include "core/om_sweep.h"
+#include "plat/om_sys.h"
 
 struct om_swap {
 	struct om_sweep sweep;
@@ -66,7 +67,9 @@ int om_store_trim(struct om_store *s, uint64_t reserve_bytes)
 		return code;
 	om_pool_trim_to(&s->pool, reserve_bytes);
 	om_spill_shrink_locked(s);
-	return om_store_leave(s, 0);
+	code = om_store_leave(s, 0);
+	om_sys_heap_trim();
+	return code;
 }
 
 int om_store_disk(struct om_store *s, const char *directory, uint64_t limit_bytes)

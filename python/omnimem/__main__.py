@@ -2,4 +2,4 @@
 
 from omnimem.cli import main
 
-main()
+raise SystemExit(main())

@@ -148,7 +148,10 @@ class Store:
         """
 
     def trim(self, reserve: int = 0) -> None:
-        """Give memory that no block uses back to the system, but for `reserve` bytes."""
+        """Give memory that no block uses back to the system, but for `reserve` bytes.
+
+        With it goes what the C library keeps of memory that was freed.
+        """
 
     def close(self) -> None:
         """Stop the threads and free what nobody sees; live views keep their bytes. Idempotent."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _GROUPS, _BLOCKS, _ACTIONS = 8, 3, 5
 """How many of each are shown."""
-_BRIEF = 20
+_BRIEF = 18
 """Characters of a name that is told elsewhere in full."""
 _ACTS = {
     "trim": "giving unused memory back",

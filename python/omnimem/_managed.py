@@ -148,16 +148,6 @@ def swap_out(store: Store, group: str, names: list[str], timeout: float) -> None
         for name in names:  # what is on its way in; the first that cannot be written says why
             store.evict(name, timeout)
     store.trim()
-    _trim_heap()
-
-
-def _trim_heap() -> None:
-    """Give back what the C library keeps of memory that was freed."""
-    import ctypes
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def missing_bytes(store: Store, names: list[str]) -> int:

@@ -48,8 +48,8 @@ class OffloadDecision:
     """One sentence with the numbers."""
     nbytes: int = 0
     """Bytes of memory that it is about."""
-    usage: float = 0.0
-    """Share of memory in use, 0..1, that it rests on."""
+    usage: float | None = None
+    """Share of memory in use, 0..1, that it rests on; None: on the budget alone."""
     held: tuple[tuple[str, int], ...] = ()
     """Bytes that somebody else still holds, by name: they go with the last holder."""
     at: float = 0.0
@@ -338,7 +338,7 @@ def restore(
     need = f"{format_size(model.missing_bytes)} of {model.model_id!r}"
     if fits:
         after = (memory.used + max(model.missing_bytes - idle, 0)) / memory.total
-        reason = f"{need} come to memory, of which then {after:.1%} are in use, within {limit}"
+        reason = f"{need} come back; {after:.1%} of memory are in use then, within {limit}"
     else:
         reason = f"{need} do not fit: {memory}, {format_size(free)} free below {limit}; it streams"
     return OffloadDecision(

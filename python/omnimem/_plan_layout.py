@@ -56,12 +56,18 @@ def lay_out(files: checkpoint.Checkpoint, uses: Mapping[str, int], config: objec
     """
     names = unit_names(uses)
     units: dict[str, list[Tensor]] = {u: [] for u in execution_order(names.values(), config)}
-    repeats: dict[str, int] = {}
     for name, unit in names.items():
         info = files.info(name)
         units[unit].append(Tensor(name, info.file, info.offset, info.nbytes, info.encoded_nbytes))
-        repeats[unit] = max(repeats.get(unit, 1), uses[name])
-    return Layout(units, repeats)
+    return Layout(units, repeats(names, uses))
+
+
+def repeats(units: Mapping[str, str], uses: Mapping[str, int]) -> dict[str, int]:
+    """Uses of each unit in one pass, by the unit and the uses of each parameter."""
+    found: dict[str, int] = {}
+    for name, unit in units.items():
+        found[unit] = max(found.get(unit, 1), uses[name])
+    return found
 
 
 def plan_layout(

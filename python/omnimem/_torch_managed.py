@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from omnimem import checkpoint
 from omnimem._managed import Movable, Moved, check_target, group_of, missing_bytes, swap_out
-from omnimem._plan_layout import refuse_experts
+from omnimem._plan_layout import refuse_experts, repeats
 from omnimem._torch_checks import check_fit
 from omnimem._torch_guards import Guards, Uncopied
 from omnimem._torch_managed_units import REMEDY, DeviceUnits, ManagedUnits
@@ -33,7 +33,7 @@ from omnimem._torch_parts import (
     refuse_unmovable,
     units_of,
 )
-from omnimem._torch_units import materialize, repeats, restore, unset
+from omnimem._torch_units import materialize, restore, unset, uses_of
 from omnimem.config import format_size, parse_size
 from omnimem.errors import ClosedError
 from omnimem.plan import make_plan
@@ -79,7 +79,7 @@ class ManagedModule(Uncopied):
         self._wish = _Wish(self._all)
         self._home = next(iter(params.values())).device.type
         self._home = "cpu" if self._home == "meta" else self._home
-        self._repeats = repeats(model, params, units_of(model, params))
+        self._repeats = repeats(units_of(model, params), uses_of(model, params))
         self._guards = Guards(self.remedy, self._all_there)
         self._handles: list[Any] = []
         self._ended = False

@@ -14,6 +14,7 @@ import collections
 import itertools
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -195,15 +196,10 @@ def unset(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.full((), least, dtype=dtype).expand(shape)
 
 
-def repeats(
-    model: nn.Module, params: dict[str, nn.Parameter], units: dict[str, str]
-) -> dict[str, int]:
-    """In how many modules a unit's weights are: a tied head is used as often in one pass."""
+def uses_of(model: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    """In how many modules each parameter is: a tied head is used as often in one pass."""
     shared = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
-    found: dict[str, int] = {}
-    for name, unit in units.items():
-        found[unit] = max(found.get(unit, 1), shared[id(params[name])])
-    return found
+    return {name: shared[id(param)] for name, param in params.items()}
 
 
 def materialize(param: nn.Parameter) -> torch.Tensor:

@@ -229,7 +229,6 @@ class AdvancedMemoryManager:
         self.cleanup()
 
     def __repr__(self) -> str:
-        return (
-            f"<omnimem.AdvancedMemoryManager, budget {format_size(self.offloader._models.limit)}, "
-            f"{len(self.offloader._models)} models>"
-        )
+        state = "closed" if self.offloader._closed else f"{len(self.offloader._models)} models"
+        budget = format_size(self.offloader._models.limit)
+        return f"<omnimem.AdvancedMemoryManager, budget {budget}, {state}>"

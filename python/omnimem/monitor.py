@@ -45,7 +45,8 @@ class MemoryPressure(str):
     level: MemoryPressureLevel
     """The same in four steps: MEDIUM and HIGH are "warning"."""
     usage: float
-    """Share in use, 0..1, of the tightest of the machine and its cgroups."""
+    """Share in use, 0..1, of the tightest of the machine and its cgroups; what watched stores
+    would give for nothing (`MemoryStats.spare`) is not in use."""
     cause: str
     """Why, in numbers; empty when it is low."""
     seconds_to_exhaustion: float | None
@@ -89,7 +90,9 @@ class MemoryStats:
     level: MemoryPressureLevel = MemoryPressureLevel.LOW
     """How short memory is."""
     usage: float = 0.0
-    """Share of `system_memory` in use."""
+    """Share of `system_memory` in use, without what is `spare`."""
+    spare: int = 0
+    """Bytes of idle blocks that lie in files too: watched stores give them for nothing."""
     cause: str = ""
     """Why the level is what it is; empty when it is LOW."""
     source: str = "system"
@@ -377,6 +380,7 @@ class MemoryMonitor:
             stage=stage,
             level=LEVELS[report["level"]],
             usage=report["usage"],
+            spare=report["spare"],
             cause=report["cause"],
             source=report["source"],
             rss=report["rss"],

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from omnimem._plan_layout import (
 )
 from omnimem._torch_checks import check_fit, infos, main_dtype, refuse_cast
 from omnimem._torch_streamed import Streamed
-from omnimem._torch_units import unset
+from omnimem._torch_units import unset, uses_of
 from omnimem.config import StoreConfig, parse_size
 from omnimem.errors import FormatError
 from omnimem.plan import CODINGS
@@ -124,7 +123,14 @@ def _build(files: checkpoint.Checkpoint, folder: Path, dtype: torch.dtype | str 
     import transformers
 
     check_folder(files, folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: transformers {transformers.__version__} cannot tell what model this is: "
+            f"{str(error).strip().splitlines()[0]} Build it yourself, and give it to "
+            "omnimem.AdvancedMemoryManager.attach"
+        ) from error
     own = main_dtype(files)
     refuse_cast(dtype, own, folder)
     names = config.architectures or []
@@ -162,9 +168,7 @@ def layout(files: checkpoint.Checkpoint, folder: Path) -> Layout:
 def _layout(model: nn.Module, files: checkpoint.Checkpoint, folder: Path) -> Layout:
     params = dict(model.named_parameters())
     check_fit(params, dict(model.named_buffers()), files, folder)
-    shared = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
-    uses = {name: shared[id(param)] for name, param in params.items()}
-    return lay_out(files, uses, getattr(model, "config", None))
+    return lay_out(files, uses_of(model, params), getattr(model, "config", None))
 
 
 def attach(

@@ -16,8 +16,10 @@ _NO_TERMINAL = 1000
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
-def parse_budget(text: str, weight_bytes: int) -> int:
+def parse_budget(text: str, weight_bytes: int, name: str = "--budget") -> int:
     """Bytes from a size ("2GiB", "800MB", bytes) or a share of the weights ("50%").
+
+    `name` is the option's, for the message.
 
     Raises
     ------
@@ -25,9 +27,9 @@ def parse_budget(text: str, weight_bytes: int) -> int:
         Neither of the two, or nothing at all.
     """
     share = _SHARE.fullmatch(text)
-    nbytes = int(weight_bytes * float(share[1]) / 100) if share else parse_size(text, "budget")
+    nbytes = int(weight_bytes * float(share[1]) / 100) if share else parse_size(text, name)
     if nbytes == 0:
-        raise ValueError(f"budget={text!r} is 0 bytes; give a size such as 2GiB, or 50%")
+        raise ValueError(f"{name}={text!r} is 0 bytes; give a size such as 2GiB, or 50%")
     return nbytes
 
 

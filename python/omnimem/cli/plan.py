@@ -83,7 +83,7 @@ def plan_command(
     It is the plan that run makes for that budget. Only headers are read, and what is measured.
     """
     with checkpoint.open(model_dir) as opened:
-        sizes = [parse_budget(text, opened.total_bytes) for text in budgets]
+        sizes = [parse_budget(text, opened.total_bytes, "--ram") for text in budgets]
     with Console(stderr=True).status("planning"):
         if importlib.util.find_spec("transformers") is not None:
             quiet_libraries()
