@@ -130,7 +130,7 @@ def test_offload_and_restore(
     weights["a"].held = (("a.w", 5),)
     gone = offloader.offload_model(model, "disk")
     assert (gone.action, gone.nbytes, gone.held) == ("offload", 100 * MIB, (("a.w", 5),))
-    assert "a.w (5 bytes)" in gone.reason
+    assert "a.w (5 B)" in gone.reason
     assert weights["a"].host_bytes() == 0
     back = offloader.restore_model("a")
     assert (back.action, back.nbytes) == ("restore", 100 * MIB)

@@ -148,14 +148,18 @@ static bool owns(const struct py_pools *p, const struct py_bank *bank)
 	return false;
 }
 
-static PyObject *pools_deallocate(PyObject *self, PyObject *block)
+static PyObject *pools_deallocate(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                  PyObject *kwnames)
 {
+	static const char *const names[] = { "block", NULL };
 	struct py_pools *p = (struct py_pools *)self;
 	struct py_bank *bank;
 	struct om_chunk *c;
+	PyObject *block;
 	int code;
 
-	if (py_chunk_of(block, &bank, &c))
+	if (py_args("deallocate", args, nargs, kwnames, names, 1, 1, &block) ||
+	    py_chunk_of(block, &bank, &c))
 		return NULL;
 	if (om_unlikely(!owns(p, bank))) {
 		PyErr_Format(PyExc_ValueError, "%R belongs to another manager's pools", block);
@@ -425,8 +429,8 @@ PyDoc_STRVAR(
 
 static PyMethodDef pools_methods[] = {
 	{ "allocate", PY_FAST(pools_allocate), PY_FAST_FLAGS, allocate_doc },
-	{ "deallocate", pools_deallocate, METH_O,
-	  "deallocate($self, block, /)\n--\n\nThe block is gone; its bytes stay while views hold them." },
+	{ "deallocate", PY_FAST(pools_deallocate), PY_FAST_FLAGS,
+	  "deallocate($self, /, block)\n--\n\nThe block is gone; its bytes stay while views hold them." },
 	{ "_open", pools_open, METH_VARARGS,
 	  "_open($self, device, limit, decay, fragmentation, locked, /)\n--\n\nMake a pool." },
 	{ "_stats", pools_stats, METH_O,

@@ -261,7 +261,7 @@ class Pools:
             The manager is closed, or belongs to the process that forked this one.
         """
 
-    def deallocate(self, block: MemoryBlock, /) -> None:
+    def deallocate(self, block: MemoryBlock) -> None:
         """Give a block back. What views see stays as it is until the last one goes.
 
         Raises

@@ -169,8 +169,8 @@ class ManagedMapping:
         if not isinstance(tensors, MutableMapping):
             what = "read-only mapping" if isinstance(tensors, Mapping) else type(tensors).__name__
             raise TypeError(
-                f"a {what} cannot be managed: its values are to be replaced; give an nn.Module, or "
-                "a mutable mapping (a dict) of names to tensors"
+                f"{what} cannot be managed: its values are to be replaced; give an nn.Module, or a "
+                "mutable mapping (a dict) of names to tensors"
             )
         self.model_id = model_id
         self.group = group_of(store, model_id)

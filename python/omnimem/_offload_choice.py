@@ -336,7 +336,9 @@ def restore(
         free, limit = max(room, 0), "the budget"
         fits = model.missing_bytes <= free
     need = f"{format_size(model.missing_bytes)} of {model.model_id!r}"
-    if fits:
+    if fits and not model.missing_bytes:
+        reason = f"all of {model.model_id!r} is in memory, and stays from now on"
+    elif fits:
         after = (memory.used + max(model.missing_bytes - idle, 0)) / memory.total
         reason = f"{need} come back; {after:.1%} of memory are in use then, within {limit}"
     else:

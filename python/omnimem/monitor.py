@@ -164,6 +164,8 @@ class MemoryMonitor:
         cache: ModelWeightCache | None = None,
     ) -> None:
         self.config = MonitorConfig() if config is None else config
+        if not isinstance(self.config, MonitorConfig):
+            raise TypeError(f"config must be a MonitorConfig, not {type(config).__name__}")
         self.history: deque[MemoryStats] = deque(maxlen=self.config.history_size)
         self.alerts = AlertSystem()
         self._core = _core.Monitor(self._thresholds(), self.config.monitoring_interval)

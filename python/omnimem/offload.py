@@ -26,7 +26,7 @@ from omnimem._offload_choice import (
 )
 from omnimem._offload_models import Entry, Models, group_of
 from omnimem._storage import open_store
-from omnimem.config import OffloadConfig, _one_of
+from omnimem.config import OffloadConfig, _one_of, format_size
 from omnimem.errors import ClosedError, Error, LimitError
 from omnimem.store import Store
 
@@ -81,6 +81,10 @@ class AutomaticOffloader:
         self.config = OffloadConfig() if config is None else config
         if not isinstance(self.config, OffloadConfig):
             raise TypeError(f"config must be an OffloadConfig, not {type(config).__name__}")
+        if not hasattr(memory_monitor, "_core"):
+            raise TypeError(
+                f"memory_monitor must be a MemoryMonitor, not {type(memory_monitor).__name__}"
+            )
         self.monitor = memory_monitor
         self.offload_threshold = self.config.offload_threshold
         self.restore_threshold = self.config.restore_threshold
@@ -443,7 +447,7 @@ def _memory_of(report: Mapping[str, Any]) -> Memory:
 def _holders(moved: Moved) -> str:
     if not moved.held:
         return ""
-    names = ", ".join(f"{name} ({nbytes} bytes)" for name, nbytes in moved.held)
+    names = ", ".join(f"{name} ({format_size(nbytes)})" for name, nbytes in moved.held)
     return f"; held by others, and gone with their last holder: {names}"
 
 
