@@ -825,6 +825,7 @@ struct om_report {
 	/* Of what is in use there: idle blocks, of stores that are watched and pressed, that lie in files too. Like page cache
 	 * that can be dropped at once they are not in use for levels and trend: they go before memory runs out. */
 	uint64_t spare_bytes;
+	double usage; /* share in use there, without the spare ones */
 	enum om_level level, ram_level, gpu_levels[OM_GPUS];
 	uint64_t level_since_ns;
 	uint64_t transitions[4]; /* by level entered */

@@ -74,7 +74,7 @@ def open_monitor(system: System) -> Iterator[Callable[..., _core.Monitor]]:
 
 KEYS = {
     "number", "time", "wall", "level", "level_since", "cause", "usage", "total", "available",
-    "source", "places", "swap", "rss", "psi", "psi_seconds", "events", "gpus", "slope", "r2",
+    "source", "spare", "places", "swap", "rss", "psi", "psi_seconds", "events", "gpus", "slope", "r2",
     "samples", "trend", "seconds_to_exhaustion", "interval", "lag_seconds", "overhead_seconds",
     "transitions", "peak",
 }  # fmt: skip
@@ -206,7 +206,7 @@ def test_a_running_monitor_evicts(
     assert {"evict", "none"} <= kinds
     first = next(action for action in monitor.actions() if action[2] == "evict")
     assert first[3] == 3
-    assert "RAM 97.7 % in use of 1.0 GiB (system); wanted" in first[4]
+    assert "RAM 97.7 % in use of 1.0 GiB (system); 24.0 MiB left, wanted" in first[4]
     assert first[6] >= 39 * MIB
     assert first[0] not in [action[0] for action in monitor.actions(since=first[0])]
     held.release()

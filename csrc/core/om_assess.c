@@ -107,12 +107,6 @@ static uint64_t used_of(const struct om_report *r, const struct om_place *p)
 	return p->used_bytes - OM_MIN(p->used_bytes, r->spare_bytes);
 }
 
-static double usage_of(const struct om_report *r, const struct om_place *p)
-{
-	return om_place_usage(p) -
-	       (double)OM_MIN(p->used_bytes, r->spare_bytes) / (double)p->limit_bytes;
-}
-
 static void read_trend(struct om_assessor *a, struct om_report *r, const struct om_place *p)
 {
 	double dead = DEAD_SHARE * (double)p->limit_bytes;
@@ -168,7 +162,7 @@ static void tell_ram_cause(struct om_assessor *a, const struct om_report *r,
 	*at = '\0';
 	if (s->level == OM_LOW)
 		return;
-	n = snprintf(at, room, "RAM %.1f %% in use of %s (%.160s)", usage_of(r, p) * 100,
+	n = snprintf(at, room, "RAM %.1f %% in use of %s (%.160s)", r->usage * 100,
 	             om_size_text(p->limit_bytes, size), p->source);
 	at += n;
 	room -= (size_t)n;
@@ -232,9 +226,11 @@ void om_assess_step(struct om_assessor *a, struct om_report *r)
 {
 	const struct om_sample *s = &r->sample;
 	const struct om_place *p = om_sample_tightest(s);
-	struct om_reading x = { .at_ns = s->at_ns, .usage = usage_of(r, p) };
+	struct om_reading x = { .at_ns = s->at_ns };
 	int gpu;
 
+	x.usage = r->usage = om_place_usage(p) -
+	                     (double)(p->used_bytes - used_of(r, p)) / (double)p->limit_bytes;
 	r->number = ++a->number;
 	r->tightest = (unsigned)(p - s->places);
 	follow(a, p);

@@ -161,7 +161,8 @@ def _collect(
     """All metrics that have a value now."""
     given = None if stores is None else list(stores)
     found = list(_of_stores(list(_open_stores) if given is None else given))
-    found += _of_totals(totals(given))
+    counted = totals(given)
+    found += (*_of_blocks(counted), *_of_faults(counted))
     found += _of_pools(list(_open_pools) if pools is None else pools)
     found += _of_monitors(None if monitors is None else list(monitors))
     return [family for family in found if family.values]
@@ -250,16 +251,17 @@ def _of_stores(stores: Iterable[Store]) -> Iterator[_Family]:
     )
 
 
-def _of_totals(t: Mapping[str, Any]) -> Iterator[_Family]:
-    """What stores have counted."""
+def _counter(name: str, text: str, values: Iterable[tuple[Labels, float]]) -> _Family:
+    return _Family(f"omnimem_{name}_total", "counter", text, list(values))
 
-    def counter(name: str, text: str, values: Iterable[tuple[Labels, float]]) -> _Family:
-        return _Family(f"omnimem_{name}_total", "counter", text, list(values))
 
-    def histogram(name: str, text: str, values: Iterable[tuple[Labels, Any]]) -> _Family:
-        return _Family(f"omnimem_{name}", "histogram", text, list(values))
+def _histogram(name: str, text: str, values: Iterable[tuple[Labels, Any]]) -> _Family:
+    return _Family(f"omnimem_{name}", "histogram", text, list(values))
 
-    yield counter(
+
+def _of_blocks(t: Mapping[str, Any]) -> Iterator[_Family]:
+    """What stores have counted of their blocks, and of moving them."""
+    yield _counter(
         "cache_requests",
         "Accesses to blocks, and entries that were asked for, by where the bytes were.",
         [
@@ -268,12 +270,12 @@ def _of_totals(t: Mapping[str, Any]) -> Iterator[_Family]:
             for found, result in (("hits", "hit_host"), ("misses", "miss"))
         ],
     )
-    yield counter(
+    yield _counter(
         "evictions",
         "Copies that left the tier.",
         [({"tier": "host", "reason": r}, n) for r, n in zip(_REASONS, t["gone"], strict=True)],
     )
-    yield counter(
+    yield _counter(
         "evicted_bytes",
         "Their bytes.",
         [
@@ -281,17 +283,17 @@ def _of_totals(t: Mapping[str, Any]) -> Iterator[_Family]:
             for r, n in zip(_REASONS, t["gone_bytes"], strict=True)
         ],
     )
-    yield histogram(
+    yield _histogram(
         "eviction_idle_seconds",
         "How long copies that left had not been used.",
         [({"tier": "host"}, t["idle"])],
     )
-    yield histogram(
+    yield _histogram(
         "item_lifetime_seconds",
         "From adding a name to its going.",
         [({"tier": "host"}, t["life"])],
     )
-    yield counter(
+    yield _counter(
         "transfer_bytes",
         "Bytes moved; disk_to_host has checkpoints too.",
         [
@@ -300,18 +302,22 @@ def _of_totals(t: Mapping[str, Any]) -> Iterator[_Family]:
             ({"direction": "packed_to_host"}, t["decoded_bytes"]),
         ],
     )
-    yield histogram(
+    yield _histogram(
         "transfer_seconds",
         "Per copy, from the request or decision until its bytes were proven or written.",
         [({"direction": "in"}, t["in"]), ({"direction": "out"}, t["out"])],
     )
-    yield histogram(
+    yield _histogram(
         "io_wait_seconds",
         "Per request, from its issue to its end.",
         [({"op": "read"}, t["read_wait"]), ({"op": "write"}, t["write_wait"])],
     )
-    yield counter("stall_seconds", "Threads waited.", [({"cause": "bytes"}, t["stall_ns"] / 1e9)])
-    yield counter(
+    yield _counter("stall_seconds", "Threads waited.", [({"cause": "bytes"}, t["stall_ns"] / 1e9)])
+
+
+def _of_faults(t: Mapping[str, Any]) -> Iterator[_Family]:
+    """What stores have counted of failures, and of what guards against them."""
+    yield _counter(
         "errors",
         "What failed for good.",
         [
@@ -321,19 +327,19 @@ def _of_totals(t: Mapping[str, Any]) -> Iterator[_Family]:
         ]
         + [({"op": "verify", "errno_class": "checksum"}, t["corrupt"] - t["rereads"])],
     )
-    yield counter(
+    yield _counter(
         "checksum_failures", "Bytes that differed from those stored.", [({}, t["corrupt"])]
     )
-    yield counter("repairs", "Of these, right when read again.", [({}, t["repaired"])])
-    yield counter("retries", "Blocks read again.", [({"what": "checksum"}, t["rereads"])])
-    yield counter(
+    yield _counter("repairs", "Of these, right when read again.", [({}, t["repaired"])])
+    yield _counter("retries", "Blocks read again.", [({"what": "checksum"}, t["rereads"])])
+    yield _counter(
         "fallbacks",
         "Stores that had to use a slower way.",
         [({"what": "io_uring", "to": "threads"}, t["fell_back"])],
     )
-    yield counter("swap_written_bytes", "Written to swap files.", [({}, t["written_bytes"])])
-    yield counter("verified_bytes", "Hashed on their way in.", [({}, t["verified_bytes"])])
-    yield counter(
+    yield _counter("swap_written_bytes", "Written to swap files.", [({}, t["written_bytes"])])
+    yield _counter("verified_bytes", "Hashed on their way in.", [({}, t["verified_bytes"])])
+    yield _counter(
         "prefetches",
         "Blocks fetched ahead, and what became of them.",
         [
@@ -341,7 +347,7 @@ def _of_totals(t: Mapping[str, Any]) -> Iterator[_Family]:
             ({"result": "wasted"}, t["prefetch_waste"]),
         ],
     )
-    yield counter(
+    yield _counter(
         "codec_seconds",
         "Time that blocks took to decode, summed over blocks.",
         [({"op": "decode"}, t["decode_ns"] / 1e9)],
