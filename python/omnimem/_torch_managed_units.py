@@ -223,7 +223,7 @@ class DeviceUnits(ManagedUnits):
                 if param._use_count() > 1:  # type: ignore[attr-defined]
                     saved = True
                 else:
-                    param.data = unset(param.shape, param.dtype).to(self._device)
+                    param.data = unset(param.shape, param.dtype, self._device)
         (self._saved.add if saved else self._saved.discard)(unit)
 
     def copies(self, unit: int) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:
