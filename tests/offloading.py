@@ -24,7 +24,12 @@ class Samples:
             "total": 1000 * MIB,
             "slope": None,
             "seconds_to_exhaustion": None,
+            "gpus": [],
         }
+
+    def tell_gpu(self, uuid: str, total: int, free: int) -> None:
+        """From the next sample on there is one GPU."""
+        self._report = {**self._report, "gpus": [(0, uuid, "a GPU", total, free, 0)]}
 
     def tell(self, usage: float, slope: float | None = None) -> None:
         """A sample: so much is in use, and grows by so many bytes a second."""
@@ -71,6 +76,7 @@ class Weights:
         self.group = f"model:{model_id}"
         self.nbytes = nbytes
         self.inside = nbytes
+        self.home = "cpu"
         self.in_use = False
         self.state = "resident"
         self.failure: Exception | None = None
@@ -79,6 +85,9 @@ class Weights:
         self.on_use: Callable[[Any], None] | None = None
 
     def host_bytes(self) -> int:
+        return self.inside
+
+    def home_bytes(self) -> int:
         return self.inside
 
     def missing_bytes(self) -> int:
@@ -91,7 +100,7 @@ class Weights:
 
     def offload(self, target: str, timeout: float = 30.0) -> Moved:
         self._go("offload", target)
-        gone = self.inside if target == "disk" else 0
+        gone = self.inside if target == "disk" or self.home != "cpu" else 0
         self.inside -= gone
         self.state = "disk" if target == "disk" else "evictable"
         return Moved(gone, self.held, False)

@@ -58,11 +58,11 @@ class Net(torch.nn.Module):
 
 def managed(model: Any, store: omnimem.Store, device: Any) -> Any:
     if device.type == "cuda":
-        return _torch_managed.manage_module(model, store, "net", None, 30.0)
+        return _torch_managed.manage_module(model, store, "net", None, 30.0, True)
     units = DeviceUnits(
         parts_of_memory(model, dict(model.named_parameters())), "model:net", store, 30.0, device
     )
-    return ManagedModule(model, dict(model.named_parameters()), units, store, "net")
+    return ManagedModule(model, dict(model.named_parameters()), units, store, "net", True)
 
 
 @pytest.fixture

@@ -74,9 +74,9 @@ def open_monitor(system: System) -> Iterator[Callable[..., _core.Monitor]]:
 
 KEYS = {
     "number", "time", "wall", "level", "level_since", "cause", "usage", "total", "available",
-    "source", "spare", "places", "swap", "rss", "psi", "psi_seconds", "events", "gpus", "slope", "r2",
-    "samples", "trend", "seconds_to_exhaustion", "interval", "lag_seconds", "overhead_seconds",
-    "transitions", "peak",
+    "source", "spare", "places", "swap", "rss", "psi", "psi_seconds", "events", "gpus", "slope",
+    "r2", "samples", "trend", "seconds_to_exhaustion", "interval", "lag_seconds",
+    "overhead_seconds", "transitions", "peak",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -329,6 +330,35 @@ def test_it_brings_back_what_is_used_next(
     assert (back.action, back.model_id) == ("restore", "b")
     assert weights["b"].host_bytes() == 100 * MIB
     assert weights["a"].host_bytes() == weights["c"].host_bytes() == 0
+
+
+def test_a_device_that_is_short_has_its_own_models_give(
+    open_offloader: Callable[..., AutomaticOffloader],
+    weights: dict[str, Weights],
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices = {"cuda:0": SimpleNamespace(uuid="one"), "cuda:1": SimpleNamespace(uuid="two")}
+    cuda = SimpleNamespace(get_device_properties=devices.__getitem__)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    offloader = open_offloader(EAGER, disk_limit=0)
+    for name, home in (("a", "cpu"), ("b", "cuda:0"), ("c", "cuda:1")):
+        offloader.register({"w": name}, name)
+        weights[name].home = home
+    watch._core.tell_gpu("GPU-two", 1000 * MIB, 50 * MIB)
+    watch.tell(0.3)
+    assert not offloader.should_offload("a")
+    assert not offloader.should_offload("b")  # of the first device nothing is known
+    told = offloader.should_offload("c")
+    assert (told.action, told.usage) == ("offload", 0.95)
+    offloader._step(watch._core.report())
+    assert [each.model_id for each in offloader.decisions] == ["c"]
+    assert weights["c"].calls == [("offload", "cpu")]  # to RAM, that it has: no disk is needed
+    back = offloader.restore_model("c")
+    assert (back.action, back.nbytes) == ("stream", 0)
+    watch._core.tell_gpu("GPU-two", 1000 * MIB, 600 * MIB)
+    watch.tell(0.95)  # of RAM, which does not matter to it
+    assert offloader.restore_model("c").action == "restore"
 
 
 def test_it_brings_back_no_more_than_there_is_room_for(

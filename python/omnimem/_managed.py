@@ -48,6 +48,10 @@ class Movable(Protocol):
     """Called when a pass begins, before any weight is needed, on the thread that begins it."""
 
     @property
+    def home(self) -> str:
+        """Where its weights are when they are used: "cpu", or a device as torch spells it."""
+
+    @property
     def state(self) -> str:
         """ "resident", "evictable" (idle in memory), "disk", or "streams"."""
 
@@ -58,8 +62,11 @@ class Movable(Protocol):
     def host_bytes(self) -> int:
         """Bytes of memory that the weights take now."""
 
+    def home_bytes(self) -> int:
+        """Bytes of the memory at home that would be out of use if it were offloaded."""
+
     def missing_bytes(self) -> int:
-        """Bytes that would have to come to memory."""
+        """Bytes that would have to come home."""
 
     def offload(self, target: str, timeout: float = 30.0) -> Moved:
         """Let the weights go: to "cpu" (memory, as long as nobody else needs it) or to "disk"."""
@@ -173,6 +180,7 @@ class ManagedMapping:
                 "mutable mapping (a dict) of names to tensors"
             )
         self.model_id = model_id
+        self.home = "cpu"
         self.group = group_of(store, model_id)
         self.on_use: Callable[[Movable], None] | None = None
         self._store = store
@@ -231,6 +239,10 @@ class ManagedMapping:
         """Bytes of memory that the tensors take now."""
         own = (value for key, value in self._tensors.items() if key not in self._blocks)
         return int(self._store.group_stats(self.group).host_bytes + sum(map(_nbytes, _unique(own))))
+
+    def home_bytes(self) -> int:
+        """Bytes of memory that would be out of use if it were offloaded."""
+        return self.host_bytes()  # nothing of a mapping lies in a file
 
     def missing_bytes(self) -> int:
         """Bytes that would have to come to memory."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omnimem._attached import Attached
-from omnimem._offload_choice import Model
+from omnimem._offload_choice import Memory, Model
 from omnimem.config import parse_size
 from omnimem.errors import ClosedError, Error, LimitError
 from omnimem.store import Store
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from omnimem._managed import Movable, Moved
     from omnimem.store import Usage
 
-__all__ = ["Entry", "Models", "group_of"]
+__all__ = ["Entry", "Models", "group_of", "memory_of"]
 
 log = logging.getLogger("omnimem.offload")
 
@@ -39,6 +40,26 @@ _MEASURED = 16 << 20
 def group_of(model_id: str) -> str:
     """The store's group of a model."""
     return f"model:{model_id}"
+
+
+def memory_of(report: Mapping[str, Any], home: str) -> Memory:
+    """A sample of the monitor, as the choice takes it: of RAM, or of one device."""
+    if home != "cpu":
+        total, free = next(
+            ((total, free) for _, uuid, _, total, free, _ in report["gpus"] if uuid == _uuid(home)),
+            (1, 1),  # nothing is known of it: then it is not short
+        )
+        return Memory(usage=1.0 - free / total, total=total)
+    known = report["seconds_to_exhaustion"] is not None
+    return Memory(
+        usage=report["usage"], total=report["total"], slope=report["slope"] if known else None
+    )
+
+
+def _uuid(device: str) -> str:
+    """A device of torch, as the driver calls it."""
+    cuda: Any = sys.modules["torch"].cuda
+    return f"GPU-{cuda.get_device_properties(device).uuid}"
 
 
 @dataclass
@@ -66,6 +87,12 @@ class Entry:
     @property
     def model_id(self) -> str:
         return self.movable.model_id
+
+    @property
+    def target(self) -> str:
+        """Where its weights go when memory is short; what lies in a file is out of use once it is
+        idle, and goes when it has to."""
+        return "cpu" if self.has_origin or self.movable.home != "cpu" else "disk"
 
     @property
     def size(self) -> int:
@@ -213,30 +240,40 @@ class Models:
             "store no disk (disk_limit=0)"
         )
 
+    def home(self, model_id: str) -> str:
+        """Where a model's weights are when they are used."""
+        entry = self._entries.get(model_id)
+        return "cpu" if entry is None else entry.movable.home
+
     def room(self, entry: Entry) -> int:
         """Bytes that the store's limit allows a model, beside what others use right now."""
-        busy = sum(each.size for each in self if each is not entry and each.movable.in_use)
+        others = self._others(entry)
+        busy = sum(each.size for each in others if each.movable.in_use)
         return max(self.limit - busy - entry.slack, 0)
 
     def spare(self) -> int:
         """Bytes of the store that no model was given; below 0: they were given too many."""
         given = [
             min(each.room, each.movable.nbytes) + each.slack
-            for each in self
+            for each in self._others()
             if each.room is not None
         ]
         return self.limit - sum(given)
 
+    def _others(self, entry: Entry | None = None) -> list[Entry]:
+        """Models that are at home in RAM, but for one."""
+        return [each for each in self if each is not entry and each.movable.home == "cpu"]
+
     def idle(self, entry: Entry) -> int:
         """Bytes of other models that give way to one by themselves."""
-        others = [each for each in self if each is not entry and each.room is None]
+        others = [each for each in self._others(entry) if each.room is None]
         return sum(each.movable.host_bytes() for each in others)
 
     def rest(self, entry: Entry) -> list[Entry]:
         """Have models that nobody uses give way to one; those that did not before."""
         rested = []
-        for each in self:
-            if each is not entry and each.room is not None and not each.movable.in_use:
+        for each in self._others(entry):
+            if each.room is not None and not each.movable.in_use:
                 each.room = None
                 each.movable.offload("cpu")
                 rested.append(each)
@@ -259,7 +296,7 @@ class Models:
         if entry is None:
             return Model(model_id=model_id, busy=use.busy > 0, **seen)
         # What is idle and lies in a file is not in use any more: the store gives it up by itself.
-        host = entry.movable.host_bytes() - self.store.group_stats(entry.movable.group).spare_bytes
+        host = entry.movable.home_bytes()
         seconds, writes = self._cost(entry, host)
         return Model(
             model_id=model_id,
@@ -269,7 +306,7 @@ class Models:
             writes=writes,
             busy=use.busy > 0 or entry.movable.in_use,
             moved=entry.moved,
-            stays=entry.pause(now) or self.stays(entry),
+            stays=entry.pause(now) or (self.stays(entry) if entry.target == "disk" else ""),
             **seen,
         )
 

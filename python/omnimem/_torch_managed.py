@@ -22,7 +22,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from omnimem import checkpoint
-from omnimem._managed import Movable, Moved, check_target, group_of, missing_bytes, swap_out
+from omnimem._managed import Movable, Moved, check_target, group_of, swap_out
 from omnimem._plan_layout import refuse_experts, repeats
 from omnimem._torch_checks import check_fit
 from omnimem._torch_guards import Guards, Uncopied
@@ -194,9 +194,18 @@ class ManagedModule(Uncopied):
         """Bytes of memory that the weights take now."""
         return self._store.group_stats(self.group).host_bytes
 
+    @property
+    def home(self) -> str:
+        """Where the weights are when they are used: "cpu", or a device."""
+        return self._units.home
+
+    def home_bytes(self) -> int:
+        """Bytes of the memory at home that would be out of use if it were offloaded."""
+        return self._units.home_bytes()
+
     def missing_bytes(self) -> int:
-        """Bytes that would have to come to memory."""
-        return missing_bytes(self._store, self._units.all_names())
+        """Bytes that would have to come home."""
+        return self._units.missing_bytes()
 
     def _all_there(self) -> bool:
         return self._wish.kept == self._all and not self.missing_bytes()
@@ -297,8 +306,11 @@ class ManagedModule(Uncopied):
 
     def _wish_for(self, room: int | None) -> _Wish:
         """What is kept in that much memory, by the rules of `make_plan`: whole units."""
-        most = parse_size(self._store.config.host_limit)
-        room = most if room is None else min(room, most)
+        if self.home == "cpu":
+            most = parse_size(self._store.config.host_limit)
+            room = most if room is None else min(room, most)
+        elif room is None:
+            return _Wish(self._all)
         plan = make_plan(
             (
                 (unit.module, [tensor for part in unit.parts for tensor in part.tensors()])
@@ -325,7 +337,7 @@ class ManagedModule(Uncopied):
                 stream.keep(unit, True)
             else:
                 self._units.rest(unit)
-        if wish.limit:
+        if wish.limit and self.home == "cpu":
             stream.linger(False)
             self._store.group(self.group, wish.limit)
 

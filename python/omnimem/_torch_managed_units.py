@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from omnimem import _core
+from omnimem._managed import missing_bytes
 from omnimem._torch_parts import UnitParts, bytes_of, shown
 from omnimem._torch_units import Units, unset
 from omnimem.store import Store
@@ -25,6 +26,9 @@ REMEDY = (
 
 class ManagedUnits(Units):
     """Units that are told to stay or to go."""
+
+    home = "cpu"
+    """Where their weights are when they are used."""
 
     remedy = REMEDY
 
@@ -62,6 +66,15 @@ class ManagedUnits(Units):
     def all_names(self) -> list[str]:
         """Blocks of all units."""
         return list(itertools.chain.from_iterable(self.names))
+
+    def home_bytes(self) -> int:
+        """Bytes of the memory at home that resting all units would put out of use."""
+        stats = self._store.group_stats(self.group)
+        return stats.host_bytes - stats.spare_bytes
+
+    def missing_bytes(self) -> int:
+        """Bytes that would have to come home."""
+        return missing_bytes(self._store, self.all_names())
 
     def remove(self, unit: int) -> None:
         """Let a unit's blocks go; safe to repeat."""
@@ -172,8 +185,20 @@ class DeviceUnits(ManagedUnits):
     ) -> None:
         super().__init__(units, group, store, timeout)
         self._device = device
+        self.home = str(device)
         self._versions: dict[int, list[int]] = {}
         """Of each unit that has blocks: its parameters' versions when they had the same bytes."""
+
+    def home_bytes(self) -> int:
+        """Bytes on the device that resting all units would put out of use."""
+        return sum(map(self._nbytes, set(range(len(self.units))) - set(self._versions)))
+
+    def missing_bytes(self) -> int:
+        """Bytes that would have to come home."""
+        return sum(map(self._nbytes, list(self._versions)))
+
+    def _nbytes(self, unit: int) -> int:
+        return sum(part.nbytes for part in self.units[unit].parts)
 
     def load(self) -> None:
         """Make the stream; the parameters are at home."""
@@ -223,7 +248,7 @@ class DeviceUnits(ManagedUnits):
                 if param._use_count() > 1:  # type: ignore[attr-defined]
                     saved = True
                 else:
-                    param.data = unset(param.shape, param.dtype).to(self._device)
+                    param.data = unset(param.shape, param.dtype, self._device)
         (self._saved.add if saved else self._saved.discard)(unit)
 
     def copies(self, unit: int) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:

@@ -190,10 +190,13 @@ class _Mine(threading.local):
         threads.append((threading.current_thread(), self.held, self.ended, self.passes))
 
 
-def unset(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """One NaN (the least value where there is none) expanded to a shape."""
+def unset(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None
+) -> torch.Tensor:
+    """One NaN (the least value where there is none) expanded to a shape, on the CPU by default."""
     least = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
-    return torch.full((), least, dtype=dtype).expand(shape)
+    # Expanded where it lies: to move what is expanded would fill the shape.
+    return torch.full((), least, dtype=dtype, device=device).expand(shape)
 
 
 def uses_of(model: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str, int]:

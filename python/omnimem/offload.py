@@ -24,7 +24,7 @@ from omnimem._offload_choice import (
     presses,
     restore,
 )
-from omnimem._offload_models import Entry, Models, group_of
+from omnimem._offload_models import Entry, Models, group_of, memory_of
 from omnimem._storage import open_store
 from omnimem.config import OffloadConfig, _one_of, format_size
 from omnimem.errors import ClosedError, Error, LimitError
@@ -91,7 +91,8 @@ class AutomaticOffloader:
         self.decisions: deque[OffloadDecision] = deque(maxlen=_KEPT)
         self._core = memory_monitor._core
         self._interval = float(memory_monitor.config.monitoring_interval)
-        self._pressed = False
+        self._pressed: dict[str, bool] = {}
+        """By home of models: is its memory short?"""
         self._closed = False
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -168,7 +169,8 @@ class AutomaticOffloader:
             raise ValueError(f"this model is attached already, as {self._id_of(model)!r}")
         entry = self._models.add(model, model_id, model_dir, resident=False)
         entry.cap = cap
-        entry.movable.on_use = on_use
+        if entry.movable.home == "cpu":  # the budget is one of RAM
+            entry.movable.on_use = on_use
 
     def record_usage(self, model: Any) -> None:
         """Say that a model is used now. A registered module says so itself when it is called."""
@@ -187,10 +189,11 @@ class AutomaticOffloader:
             True for "offload". `reason` says what speaks for it, or against.
         """
         name = self._id_of(model)
-        memory, now = self._memory(), time.monotonic()
-        names = {name, *(entry.model_id for entry in self._models)}
+        home = self._models.home(name)
+        memory, now = self._memory(home), time.monotonic()
+        names = {name, *(entry.model_id for entry in self._models if entry.movable.home == home)}
         models = [self._models.describe(each, now) for each in names]
-        pressed = presses(memory, self.config, self._pressed)
+        pressed = presses(memory, self.config, self._pressed.get(home, False))
         return plan_offloads(memory, models, self.config, now, pressed)[name]
 
     def offload_model(
@@ -253,14 +256,17 @@ class AutomaticOffloader:
                     action="none",
                     model_id=known.model_id,
                     reason=f"all of {known.model_id!r} is in memory",
-                    usage=self._memory().usage,
+                    usage=self._memory(entry.movable.home).usage,
                     at=now,
                 )
             )
-        if known.missing_bytes > self._models.spare():
-            self._models.rest(entry)
-        room, idle = self._room(entry), self._models.idle(entry)
-        decision = restore(known, self._memory(), self.config, now, room, idle)
+        room, idle = None, 0
+        if entry.movable.home == "cpu":
+            if known.missing_bytes > self._models.spare():
+                self._models.rest(entry)
+            room, idle = self._room(entry), self._models.idle(entry)
+        memory = self._memory(entry.movable.home)
+        decision = restore(known, memory, self.config, now, room, idle)
         return self._restore(entry, decision, target_device, timeout)
 
     # -- by itself -------------------------------------------------------------------------------
@@ -336,18 +342,23 @@ class AutomaticOffloader:
 
     def _step(self, report: Mapping[str, Any]) -> None:
         """Act on one sample."""
-        memory, now = _memory_of(report), time.monotonic()
-        self._pressed = presses(memory, self.config, self._pressed)
-        models = [self._models.describe(entry.model_id, now) for entry in self._models]
-        for decision in plan_offloads(memory, models, self.config, now, self._pressed).values():
+        for home in {"cpu", *(entry.movable.home for entry in self._models)}:
+            self._step_at(home, memory_of(report, home))
+
+    def _step_at(self, home: str, memory: Memory) -> None:
+        """Act on what a sample says of the memory where models are at home."""
+        now = time.monotonic()
+        pressed = presses(memory, self.config, self._pressed.get(home, False))
+        self._pressed[home] = pressed
+        mine = [entry for entry in self._models if entry.movable.home == home]
+        models = [self._models.describe(entry.model_id, now) for entry in mine]
+        for decision in plan_offloads(memory, models, self.config, now, pressed).values():
             entry = self._models.get(decision.model_id)
             if decision and entry is not None:
-                # What lies in a file is out of use once it is idle, and goes when it has to.
-                target = "cpu" if entry.has_origin else "disk"
-                self._offload(entry, target, 30.0, decision.reason)
-        if self._pressed:
+                self._offload(entry, entry.target, 30.0, decision.reason)
+        if pressed:
             return
-        spare = max(self._models.spare(), 0)
+        spare = max(self._models.spare(), 0) if home == "cpu" else None
         for decision in plan_restores(memory, models, self.config, now, spare).values():
             entry = self._models.get(decision.model_id)
             # What would only stream does so when it is called.
@@ -356,15 +367,16 @@ class AutomaticOffloader:
 
     def _fetch(self, entry: Entry, decision: OffloadDecision) -> None:
         """Bring a model back ahead of its use, unless another one took the room meanwhile."""
-        entry.room = entry.movable.nbytes
-        if self._models.spare() < 0:
-            entry.room = None
-            return
+        if entry.movable.home == "cpu":
+            entry.room = entry.movable.nbytes
+            if self._models.spare() < 0:
+                entry.room = None
+                return
         with suppress(Error, OSError, MemoryError):  # told already, and counted
             self._restore(entry, decision, None, 30.0)
 
     def _offload(self, entry: Entry, target: str, timeout: float, why: str) -> OffloadDecision:
-        usage, now = self._memory().usage, time.monotonic()
+        usage, now = self._memory(entry.movable.home).usage, time.monotonic()
         stays = self._models.stays(entry) if target == "disk" else ""
         moved = stays or entry.offload(target, timeout)
         if isinstance(moved, str):
@@ -389,7 +401,9 @@ class AutomaticOffloader:
     ) -> OffloadDecision:
         room = None
         if decision.action == "stream":
-            room = entry.movable.host_bytes() + decision.nbytes
+            movable = entry.movable
+            here = movable.host_bytes() if movable.home == "cpu" else movable.home_bytes()
+            room = here + decision.nbytes
         try:
             moved = entry.restore(room, target, timeout)
         except LimitError as error:
@@ -422,9 +436,10 @@ class AutomaticOffloader:
     def _find(self, model: Any) -> Entry:
         return self._models.find(self._id_of(model))
 
-    def _memory(self) -> Memory:
+    def _memory(self, home: str = "cpu") -> Memory:
         """Of the monitor's last sample while it looks by itself; else of one taken now."""
-        return _memory_of(self._core.report() if self._core.running else self._core.sample())
+        report = self._core.report() if self._core.running else self._core.sample()
+        return memory_of(report, home)
 
     def _room(self, entry: Entry) -> int:
         """What the store's limit leaves for what is missing of a model."""
@@ -434,14 +449,6 @@ class AutomaticOffloader:
         """Memory that a model may have until `offload_threshold` is reached."""
         free = self._memory().room(self.config.offload_threshold)
         return entry.movable.host_bytes() + free + self._models.idle(entry)
-
-
-def _memory_of(report: Mapping[str, Any]) -> Memory:
-    """A sample of the monitor, as the choice takes it."""
-    known = report["seconds_to_exhaustion"] is not None
-    return Memory(
-        usage=report["usage"], total=report["total"], slope=report["slope"] if known else None
-    )
 
 
 def _holders(moved: Moved) -> str:
