@@ -50,7 +50,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert omnimem.__version__ in capsys.readouterr().out
     for words in (["--help"], ["run", "--help"], ["synth", "-h"], ["demo", "--help"],
-                  ["pack", "-h"], ["unpack", "-h"], ["plan", "-h"], ["doctor", "-h"]):  # fmt: skip
+                  ["pack", "-h"], ["unpack", "-h"], ["plan", "-h"], ["doctor", "-h"], ["config", "-h"]):  # fmt: skip
         assert main(words) == 0
         assert "Usage: omnimem" in capsys.readouterr().out
 
@@ -59,7 +59,7 @@ def test_commands_are_told_in_the_order_of_use(capsys: pytest.CaptureFixture[str
     assert main(["--help"]) == 0
     told = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
     names = [line.split()[0] for line in told]
-    assert names == ["run", "plan", "doctor", "pack", "unpack", "synth", "demo"]
+    assert names == ["run", "plan", "doctor", "pack", "unpack", "synth", "config", "demo"]
 
 
 @pytest.mark.parametrize(

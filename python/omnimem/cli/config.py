@@ -16,10 +16,17 @@ from omnimem.advanced_config import MIRRORS, PARTS, AdvancedMemoryConfig, assemb
 from omnimem.cli._common import show_size
 from omnimem.config import StoreConfig
 
+_UNITS = {
+    "cleanup_interval": "s",
+    "max_size_gb": "GiB",
+    "min_offload_interval": "s",
+    "monitoring_interval": "s",
+    "usage_window": "s",
+}
 _SIZES = ("budget", "pool_sizes", "host_limit", "disk_limit", "io_window", "io_request")
 
 
-@click.command("config")
+@click.command("config", short_help="Print the settings in effect, and where each comes from.")
 @click.option("--file", "path", type=click.Path(path_type=Path), help="A TOML file of settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def config_command(path: Path | None, as_json: bool) -> None:
@@ -83,4 +90,5 @@ def _shown(name: str, value: Any) -> str:
         return ", ".join(f"{key}={_shown(name, inner)}" for key, inner in value.items())
     if isinstance(value, int) and name.rpartition(".")[2] in _SIZES:
         return show_size(value)
-    return "-" if value is None else str(value)
+    unit = _UNITS.get(name.rpartition(".")[2])
+    return "-" if value is None else f"{value} {unit}" if unit else str(value)

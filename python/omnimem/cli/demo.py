@@ -26,7 +26,7 @@ _TIME_LIMIT = 1800.0
 _PICTURE_MODELS = [name for name, preset in PRESETS.items() if preset.vision is not None]
 
 
-@click.command("demo")
+@click.command("demo", short_help="Compare plain transformers with omnimem on one picture.")
 @click.option(
     "--dir",
     "directory",

@@ -21,7 +21,7 @@ _threads = click.option(
 )
 
 
-@click.command("pack")
+@click.command("pack", short_help="Write a smaller copy of a checkpoint, without loss.")
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -49,7 +49,9 @@ def pack_command(model_dir: Path, out: Path, coding: str, threads: int | None) -
     )
 
 
-@click.command("unpack")
+@click.command(
+    "unpack", short_help="Write the original files of a packed checkpoint, byte for byte."
+)
 @click.argument("packed", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @_threads

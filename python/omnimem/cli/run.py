@@ -20,7 +20,7 @@ from omnimem.cli._common import (
 )
 
 
-@click.command("run")
+@click.command("run", short_help="Answer a prompt with a model, within a budget of memory.")
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.option("--budget", required=True, help="Memory for the weights: 2GiB, or a share, 50%.")
 @click.option("--prompt", required=True, help="What to ask.")

@@ -12,7 +12,7 @@ from omnimem.cli._common import quiet_libraries
 from omnimem.synth import PRESETS
 
 
-@click.command("synth")
+@click.command("synth", short_help="Write a checkpoint of a real architecture with random weights.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), required=True, help="Which model.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
