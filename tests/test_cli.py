@@ -50,7 +50,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert omnimem.__version__ in capsys.readouterr().out
     for words in (["--help"], ["run", "--help"], ["synth", "-h"], ["demo", "--help"],
-                  ["pack", "-h"], ["unpack", "-h"], ["plan", "-h"], ["doctor", "-h"], ["config", "-h"]):  # fmt: skip
+                  ["pack", "-h"], ["unpack", "-h"], ["plan", "-h"], ["doctor", "-h"],
+                  ["config", "-h"]):  # fmt: skip
         assert main(words) == 0
         assert "Usage: omnimem" in capsys.readouterr().out
 

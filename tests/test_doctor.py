@@ -138,7 +138,7 @@ FAULTS: list[tuple[Any, dict[str, Any], str, str, str]] = [
     (system.check_cgroup, {"cgroups": [Cgroup("/sys/fs/cgroup/a", 2, 4 * GIB, None, FULL)]},
      "WARN", "version 2: memory.max of /sys/fs/cgroup/a is 4.00 GiB, 1.00 MiB left",
      f"echo {8 * GIB} | sudo tee /sys/fs/cgroup/a/memory.max"),
-    (system.check_cgroup, {"cgroups": [Cgroup("/sys/fs/cgroup/a", 2, 4 * GIB, GIB, 2 * GIB)]},
+    (system.check_cgroup, {"cgroups": [Cgroup("/sys/fs/cgroup/a", 2, GIB, GIB, 2 * GIB)]},
      "WARN", "memory.high of /sys/fs/cgroup/a is 1.00 GiB, 0 B left: the kernel slows",
      f"echo {2 * GIB} | sudo tee /sys/fs/cgroup/a/memory.high"),
     (system.check_cgroup, {"cgroups": [Cgroup("/sys/fs/cgroup/memory/a", 1, GIB, None, GIB)]},
@@ -220,9 +220,9 @@ GOOD: list[tuple[Any, dict[str, Any], str]] = [
      "not measured: tmpfs is RAM"),
     (system.check_memory, {"texts": {"proc/meminfo": "SwapTotal: 1024 kB\nSwapFree: 1000 kB\n"}},
      "24.00 KiB of 1.00 MiB swap in use"),
-    (system.check_cgroup, {"cgroups": [Cgroup("/g", 2, 4 * GIB, 3 * GIB, GIB)]},
+    (system.check_cgroup, {"cgroups": [Cgroup("/g", 2, 3 * GIB, 3 * GIB, GIB)]},
      "version 2: memory.high of /g is 3.00 GiB, 2.00 GiB left"),
-    (system.check_cgroup, {"cgroups": [Cgroup("/g/a", 1, None, None, GIB)]}, "version 1, no limit"),
+    (system.check_cgroup, {"cgroups": []}, "no memory cgroup limits this process"),
     (system.check_cgroup,
      {"cgroups": [Cgroup("/g/a", 2, 8 * GIB, None, GIB), Cgroup("/g", 2, 4 * GIB, None, 2 * GIB)]},
      "memory.max of /g is 4.00 GiB, 2.00 GiB left"),
@@ -279,9 +279,13 @@ def write(root: Path, path: str, text: str) -> None:
     (root / path).write_text(text)
 
 
+MEMINFO = "MemTotal: 1000000 kB\nMemAvailable: 500000 kB\n"
+
+
 def test_cgroups_of_version_2(tmp_path: Path) -> None:
     write(tmp_path, "proc/self/cgroup", "0::/user/job\n")
     write(tmp_path, "proc/self/mountinfo", "30 1 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
+    write(tmp_path, "proc/meminfo", MEMINFO)
     top = "sys/fs/cgroup"
     write(tmp_path, f"{top}/user/job/memory.max", "max\n")
     write(tmp_path, f"{top}/user/job/memory.high", "3000\n")
@@ -290,7 +294,7 @@ def test_cgroups_of_version_2(tmp_path: Path) -> None:
     write(tmp_path, f"{top}/user/memory.max", "9000\n")
     write(tmp_path, f"{top}/user/memory.current", "4000\n")
     assert World("/", str(tmp_path)).cgroups() == [
-        Cgroup("/sys/fs/cgroup/user/job", 2, None, 3000, 1500),
+        Cgroup("/sys/fs/cgroup/user/job", 2, 3000, 3000, 1500),
         Cgroup("/sys/fs/cgroup/user", 2, 9000, None, 4000),
     ]
 
@@ -299,15 +303,16 @@ def test_cgroups_of_version_1(tmp_path: Path) -> None:
     write(tmp_path, "proc/self/cgroup", "9:memory:/docker/abc\n8:cpu:/\n")
     mount = "31 1 0:27 /docker/abc /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
     write(tmp_path, "proc/self/mountinfo", mount)
+    write(tmp_path, "proc/meminfo", MEMINFO)
     top = "sys/fs/cgroup/memory"  # a container's own: its path is not below the mount
     write(tmp_path, f"{top}/memory.limit_in_bytes", "9223372036854771712\n")
     write(tmp_path, f"{top}/memory.usage_in_bytes", "700\n")
     write(tmp_path, f"{top}/memory.stat", "inactive_file 1\ntotal_inactive_file 200\n")
-    assert World("/", str(tmp_path)).cgroups() == [
-        Cgroup("/sys/fs/cgroup/memory", 1, None, None, 500)
-    ]
+    assert World("/", str(tmp_path)).cgroups() == []
     write(tmp_path, f"{top}/memory.limit_in_bytes", "5000\n")
-    assert World("/", str(tmp_path)).cgroups()[0].limit == 5000
+    assert World("/", str(tmp_path)).cgroups() == [
+        Cgroup("/sys/fs/cgroup/memory", 1, 5000, None, 500)
+    ]
 
 
 @pytest.mark.parametrize(

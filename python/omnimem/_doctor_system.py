@@ -64,19 +64,12 @@ def _host_limit(world: World) -> int:
 def check_cgroup(world: World) -> Check:
     """Which limit of a container or a unit binds, and how much room is left?"""
     groups = world.cgroups()
-    versions = sorted({group.version for group in groups})
-    bounds = [
-        (min(bound for bound in (g.limit, g.high) if bound is not None) - g.used, g)
-        for g in groups
-        if g.limit is not None or g.high is not None
-    ]
     if not groups:
-        return Check("cgroup", "OK", "no memory cgroup is seen", data={"versions": []})
+        return Check("cgroup", "OK", "no memory cgroup limits this process", data={"versions": []})
+    versions = sorted({group.version for group in groups})
     name = f"version {' and '.join(map(str, versions))}"
-    if not bounds:
-        return Check("cgroup", "OK", f"{name}, no limit", data={"versions": versions})
-    room, tightest = min(bounds, key=lambda pair: pair[0])
-    bound = min(value for value in (tightest.limit, tightest.high) if value is not None)
+    tightest = min(groups, key=lambda group: group.limit - group.used)
+    bound, room = tightest.limit, tightest.limit - tightest.used
     data = {
         "versions": versions,
         "source": tightest.path,

@@ -51,12 +51,12 @@ class Backend(NamedTuple):
 
 
 class Cgroup(NamedTuple):
-    """A memory cgroup that this process lives in."""
+    """A memory cgroup that limits this process."""
 
     path: str
     version: int
-    limit: int | None
-    """Bytes; None: no limit."""
+    limit: int
+    """Bytes, the lower one of two."""
     high: int | None
     """Of version 2: above it the kernel slows the process down."""
     used: int
@@ -157,22 +157,25 @@ class World:
         return _core.memory(None if self.root == "/" else self.root)
 
     def cgroups(self) -> list[Cgroup]:
-        """Every memory cgroup that this process lives in, its own first."""
-        found: list[Cgroup] = []
-        for mount in _storage._mounts(self.root):
-            unified = mount.file_system == "cgroup2"
-            if not unified and (mount.file_system != "cgroup" or "memory" not in mount.options):
-                continue
-            own = self._own_cgroup("" if unified else "memory")
-            below = Path(self.root, mount.point.lstrip("/"), own)
-            path = Path(mount.point, own) if below.is_dir() else Path(mount.point)
-            while True:
-                cgroup = self._cgroup(str(path), unified=unified)
-                found += [cgroup] if cgroup else []
-                if str(path) == mount.point or path == path.parent:
-                    break
-                path = path.parent
-        return found
+        """Memory cgroups that limit this process, its own first, as a monitor sees them."""
+        monitor = _core.Monitor(act=False, root=None if self.root == "/" else self.root)
+        try:
+            places = monitor.sample()["places"]
+        except OSError:
+            return []  # told by the check of memory
+        finally:
+            monitor.close()
+        return [
+            Cgroup(path, self._version(path), limit, high, used)
+            for source, limit, high, used, _ in places
+            if (path := source.removeprefix("cgroup ")) != source
+        ]
+
+    def _version(self, path: str) -> int:
+        """Of the hierarchy that a cgroup is in."""
+        mounts = [m for m in _storage._mounts(self.root) if f"{path}/".startswith(f"{m.point}/")]
+        nearest = max(mounts, key=lambda mount: len(mount.point), default=None)
+        return 1 if nearest is not None and nearest.file_system == "cgroup" else 2
 
     def pids_max(self) -> int | None:
         """Threads and processes that this process's cgroup may have; None: no limit."""
@@ -187,24 +190,6 @@ class World:
             if controller in controllers.split(","):
                 return own.lstrip("/")
         return ""
-
-    def _cgroup(self, path: str, *, unified: bool) -> Cgroup | None:
-        names = (
-            ("memory.max", "memory.current")
-            if unified
-            else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        )
-        limit, used = (self.number(f"{path}/{name}") for name in names)
-        if used is None:
-            return None
-        cache = self.field(
-            f"{path}/memory.stat", "inactive_file" if unified else "total_inactive_file"
-        )
-        used -= min(used, int(cache or 0))
-        high = self.number(f"{path}/memory.high") if unified else None
-        if limit is not None and limit >= 1 << 60:  # how version 1 says "none"
-            limit = None
-        return Cgroup(path, 2 if unified else 1, limit, high, used)
 
     # -- storage
 
