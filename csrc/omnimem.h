@@ -184,11 +184,12 @@ struct om_usage {
 	uint64_t uses, recent; /* ever; within the window asked for (of the last 64) */
 	unsigned busy;         /* that have begun and not ended */
 	/* om_now(); 0: never. Uses that follow each other within a second, without another group's between, are one
-	 * run. The next one is expected a typical gap after the last began, when it is late after as much time again;
-	 * without a gap the later the longer the group was not used; now while one goes on. */
+	 * run, and each run takes a turn. The next one is expected a typical number of turns after the last, as
+	 * long as turns took of late; when it is late, in as many turns and one more; with one run alone the later
+	 * the longer the group was not used; now while one goes on. */
 	uint64_t first_ns, last_ns, next_ns;
 	uint64_t
-		gap_ns; /* typical time between the beginnings of runs (median of the recent ones); 0: unknown */
+		gap_ns; /* typical time between the beginnings of runs (median of the last ones); 0: unknown */
 };
 int om_store_usage(struct om_store *s, const char *group, uint64_t window_ns, struct om_usage *ret);
 

@@ -41,6 +41,8 @@ def test_usage_of_a_group(store: Store) -> None:
         assert store.usage("g").busy == 1
         time.sleep(0.01)
         store.use_end("g")
+        store.use_begin("other")  # ends the run
+        store.use_end("other")
     usage = store.usage("g")
     assert (usage.uses, usage.recent, usage.busy) == (3, 3, 0)
     assert before <= usage.first < usage.last <= time.monotonic()

@@ -61,7 +61,7 @@ static struct om_block *pick_furthest(struct om_store *s, struct wish *wish)
 
 	OM_LIST_FOREACH(link, &s->groups) {
 		struct om_group *g = om_container_of(link, struct om_group, link);
-		uint64_t next = om_use_next(&g->use, now_ns);
+		uint64_t next = om_use_next(&g->use, now_ns, &s->turns);
 		bool over = over_limit(g);
 		struct om_block *b = NULL;
 

@@ -50,7 +50,7 @@ struct om_store {
 	uint32_t request_bytes;
 	uint64_t host_limit_bytes;
 	struct om_list blocks, groups;
-	uint64_t turn; /* of the groups' uses (om_usage.h) */
+	struct om_turns turns; /* of the groups' uses */
 	struct om_table table;
 	struct om_pool pool;
 	struct om_guard guard;

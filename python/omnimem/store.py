@@ -151,8 +151,8 @@ class Usage:
     last: float
     """When the last one began."""
     next: float
-    """When it is expected to be used next: now while it is in use, else a typical gap after the
-    last run of uses began, when it is late after as much time again. 0.0: it never was used."""
+    """When it is expected to be used next: now while it is in use, else after as many turns (runs
+    of uses, of any group) as usual, as long as turns took of late. 0.0: it never was."""
     gap: float
     """Seconds between the beginnings of runs, the median of the last ones; 0.0: unknown. Uses
     within a second of each other, without another group's between, are one run."""

@@ -14,44 +14,39 @@
 static char dir[] = "/var/tmp/omnimem-test-XXXXXX";
 static uint8_t data[BYTES];
 
-/* Used for a moment, after somebody else was. */
-static void use(struct om_use *u, uint64_t at_ns)
+static void use(struct om_use *u, uint64_t at_ns, struct om_turns *turns)
 {
-	static uint64_t turn;
-
-	turn++;
-	om_use_begin(u, at_ns, &turn);
+	om_use_begin(u, at_ns, turns);
 	om_use_end(u, at_ns);
 }
 
 static void gaps_and_the_next_use(void)
 {
+	uint64_t second = OM_NSEC, now = 100 * second;
+	struct om_turns turns = { 0 };
 	struct om_use u = { 0 };
-	uint64_t turn = 0;
 
-	CHECK_EQ(om_use_next(&u, 500), 0);
-	use(&u, 1000);
+	CHECK_EQ(om_use_next(&u, 500, &turns), 0);
+	use(&u, now, &turns);
 	CHECK_EQ(u.gap_ns, 0);
-	CHECK_EQ(om_use_next(&u, 1300), 1600); /* the longer ago, the later */
-	use(&u, 1100);
-	use(&u, 1200);
-	use(&u, 5000); /* a pause is not typical */
-	use(&u, 5100);
-	CHECK_EQ(u.gap_ns, 100);
-	CHECK_EQ(om_use_next(&u, 5150), 5200);
-	CHECK_EQ(om_use_next(&u, 5200), 5200);
-	CHECK_EQ(om_use_next(&u, 5201), 5202); /* a little late: any moment now */
-	CHECK_EQ(om_use_next(&u, 6100), 7000);
-	om_use_begin(&u, 7000, &turn);
-	CHECK_EQ(om_use_next(&u, 7700), 7700); /* while it goes on */
-	om_use_end(&u, 7700);
-	CHECK_EQ(om_use_next(&u, 7800), 7900); /* it took longer than a gap: nothing is known */
+	CHECK_EQ(om_use_next(&u, now + 300, &turns), now + 600); /* the longer ago, the later */
+	use(&u, now += 10 * second, &turns);
+	use(&u, now += 10 * second, &turns);
+	use(&u, now += 500 * second, &turns); /* a pause is not typical */
+	use(&u, now += 10 * second, &turns);
+	CHECK_EQ(u.gap_ns, 10 * second);
+	CHECK_EQ(u.gap_turns, 1);
+	om_use_begin(&u, now += 10 * second, &turns);
+	CHECK_EQ(om_use_next(&u, now + 7, &turns), now + 7); /* while it goes on */
+	om_use_end(&u, now + 8);
 	CHECK_EQ(u.count, 6);
-	CHECK_EQ(u.first_ns, 1000);
-	CHECK_EQ(om_use_recent(&u, 5000), 3);
-	for (uint64_t i = 1; i <= 1000; i++) /* the ring turns, the rhythm changes */
-		use(&u, 10000 + 7 * i);
-	CHECK_EQ(u.gap_ns, 7);
+	CHECK_EQ(u.first_ns, 100 * second);
+	CHECK_EQ(om_use_recent(&u, now - 10 * second), 2);
+	for (int i = 0; i < 1000; i++) /* the ring turns, the rhythm changes */
+		use(&u, now += 7 * second, &turns);
+	CHECK_EQ(u.gap_ns, 7 * second);
+	CHECK_EQ(om_use_next(&u, now + second, &turns), now + 7 * second);
+	CHECK_EQ(om_use_next(&u, now + 9 * second, &turns), now + 9 * second); /* any moment */
 	CHECK_EQ(om_use_recent(&u, 0), OM_USES);
 	CHECK_EQ(u.count, 1006);
 }
@@ -60,29 +55,54 @@ static void gaps_and_the_next_use(void)
 static void passes_are_one_run(void)
 {
 	struct om_use a = { 0 }, b = { 0 };
-	uint64_t turn = 0, second = OM_NSEC, now = 100 * second;
+	uint64_t second = OM_NSEC, now = 100 * second;
+	struct om_turns turns = { 0 };
 
 	for (int request = 0; request < 4; request++, now += 6 * second) {
 		for (uint64_t pass = 0; pass < 8; pass++) {
-			om_use_begin(&a, now + pass * second / 2, &turn);
+			om_use_begin(&a, now + pass * second / 2, &turns);
 			om_use_end(&a, now + pass * second / 2 + second / 4);
 		}
-		om_use_begin(&b, now + 4 * second, &turn);
+		om_use_begin(&b, now + 4 * second, &turns);
 		om_use_end(&b, now + 5 * second);
 	}
 	CHECK_EQ(a.count, 32);
+	CHECK(a.run_count == 4 && b.run_count == 4);
 	CHECK_EQ(a.gap_ns, 6 * second);
-	CHECK_EQ(b.gap_ns, 6 * second);
-	CHECK_EQ(om_use_next(&a, now - second), now); /* a is next, b after it: LRU would give a */
-	CHECK_EQ(om_use_next(&b, now - second), now + 4 * second);
-	om_use_begin(&b, now, &turn); /* more than a second later: another run all the same */
+	CHECK_EQ(a.gap_turns, 2);
+	om_use_begin(&b, now, &turns); /* more than a second later: another run all the same */
 	CHECK_EQ(b.run_count, 5);
 	om_use_end(&b, now + 1);
-	om_use_begin(&b, now + 2, &turn);
+	om_use_begin(&b, now + 2, &turns);
 	CHECK_EQ(b.run_count, 5);
-	om_use_begin(&a, now + 2, &turn); /* both at once, in turns */
-	om_use_begin(&b, now + 3, &turn);
+	om_use_begin(&a, now + 2, &turns); /* both at once, in turns */
+	om_use_begin(&b, now + 3, &turns);
 	CHECK_EQ(b.run_count, 6);
+}
+
+/* a, b, c, a, b, c, ..., now slow, now quick: after c comes a, then b. */
+static void turns_tell_however_long_they_take(void)
+{
+	static const uint64_t seconds[] = { 40, 1, 9, 2, 1, 1, 30, 1 };
+	struct om_use u[3] = { 0 };
+	struct om_turns turns = { 0 };
+	uint64_t now = 100 * OM_NSEC, next[3];
+
+	for (int i = 0; i < 12; i++) {
+		om_use_begin(&u[i % 3], now, &turns);
+		now += seconds[i % 8] * OM_NSEC;
+		om_use_end(&u[i % 3], now);
+		for (int g = 0; g < 3; g++)
+			next[g] = om_use_next(&u[g], now, &turns);
+		if (i >= 5) /* each has been used twice */
+			CHECK(next[(i + 1) % 3] < next[(i + 2) % 3] &&
+			      next[(i + 2) % 3] < next[i % 3]);
+	}
+	/* c again and again: a, whose turn it was, is late, and less and less likely to be next. */
+	for (int i = 0; i < 4; i++)
+		use(&u[2], now += 2 * OM_NSEC, &turns);
+	CHECK(om_use_next(&u[1], now, &turns) > now);
+	CHECK(om_use_next(&u[1], now, &turns) < om_use_next(&u[0], now, &turns));
 }
 
 static struct om_store *open_store(uint64_t host)
@@ -150,12 +170,11 @@ static void the_furthest_gives(void)
 			snprintf(name, sizeof(name), "%s%d", groups[g], i);
 			add(s, name, groups[g]);
 		}
-		for (uint64_t round = 10; round > 0; round--) /* a every 30 s, the last 25 s ago */
-			use(use_of(s, groups[g]),
-			    now + 5 * second - 30 * round * second + 10 * second * (uint64_t)g);
 	}
+	for (uint64_t turn = 30; turn > 0; turn--) /* each every 30 s, the last one 10 s ago */
+		use(use_of(s, groups[(30 - turn) % 3]), now - 10 * second * turn, &s->turns);
 	CHECK(!strcmp(who_gives(s, groups, 3), "c"));
-	CHECK_EQ(om_store_use_begin(s, "a"), 0); /* now a is furthest: in 30 s, c in 25 */
+	CHECK_EQ(om_store_use_begin(s, "a"), 0); /* now a is furthest */
 	CHECK_EQ(om_store_use_end(s, "a"), 0);
 	CHECK(!strcmp(who_gives(s, groups, 3), "a"));
 	CHECK_EQ(om_store_use_begin(s, "c"), 0); /* in use: the last one to go */
@@ -219,6 +238,7 @@ int main(void)
 	CHECK(mkdtemp(dir));
 	gaps_and_the_next_use();
 	passes_are_one_run();
+	turns_tell_however_long_they_take();
 	the_furthest_gives();
 	plain_groups_are_one_lru();
 	what_is_told();
