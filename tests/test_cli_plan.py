@@ -327,6 +327,8 @@ def test_folders_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "has no config.json, which says what model" in error_of(capsys, *words)
     file = str(place / "model.safetensors")
     assert "name the model's folder" in error_of(capsys, file, *words[1:])
+    (place / "config.json").write_text("{}")
+    assert "Build it yourself, and give it to omnimem." in error_of(capsys, *words)
     (place / "config.json").write_text('{"model_type": "qwen3"}')
     assert "transformers has no class []" in error_of(capsys, *words)
     write_tensors(place, [])

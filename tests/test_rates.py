@@ -13,7 +13,7 @@ import pytest
 
 from omnimem import Store, checkpoint, packed
 from omnimem._plan_units import Tensor
-from omnimem._rates import measure
+from omnimem._rates import _read_rate, measure
 from omnimem.config import StoreConfig
 
 MIB = 1 << 20
@@ -54,6 +54,14 @@ def compute(store: Store, names: Sequence[str], dtype: str) -> float:
     assert len(sizes) == 1
     assert sizes.pop() >= 2 * MIB
     return 123e9
+
+
+def test_the_disk_is_measured_on_many_bytes_however_small_the_tensors(folder: Path) -> None:
+    first = tensors_of(folder)[0]
+    small = [Tensor(str(i), first.file, first.offset + i * 4096, 4096, None) for i in range(256)]
+    with Store(StoreConfig(host_limit="16MiB", disk_limit=0)) as store:
+        assert _read_rate(store, small, MIB // 2) > 0
+        assert MIB // 2 <= store.stats().read_bytes <= MIB
 
 
 @pytest.mark.parametrize("form", ["plain", "fast", "balanced"])
