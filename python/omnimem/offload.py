@@ -253,11 +253,16 @@ class AutomaticOffloader:
                     at=now,
                 )
             )
-        if known.missing_bytes > self._models.spare():
-            self._models.rest(entry)
-        room, idle = self._room(entry), self._models.idle(entry)
-        decision = restore(known, self._memory(), self.config, now, room, idle)
-        return self._restore(entry, decision, target_device, timeout)
+        memory = self._memory()
+        with self._models.sharing:
+            if known.missing_bytes > self._models.spare():
+                self._models.rest(entry)
+            room, idle = self._room(entry), self._models.idle(entry)
+            decision = restore(known, memory, self.config, now, room, idle)
+            trouble = self._give(entry, decision)
+        if trouble:
+            return self._note(replace(decision, nbytes=0, reason=trouble))
+        return self._bring(entry, decision, target_device, timeout)
 
     # -- by itself -------------------------------------------------------------------------------
 
@@ -352,12 +357,14 @@ class AutomaticOffloader:
 
     def _fetch(self, entry: Entry, decision: OffloadDecision) -> None:
         """Bring a model back ahead of its use, unless another one took the room meanwhile."""
-        entry.room = entry.movable.nbytes
-        if self._models.spare() < 0:
-            entry.room = None
-            return
+        with self._models.sharing:
+            entry.room = entry.movable.nbytes
+            if self._models.spare() < 0:
+                entry.room = None
+                return
+            self._give(entry, decision)
         with suppress(Error, OSError, MemoryError):  # told already, and counted
-            self._restore(entry, decision, None, 30.0)
+            self._bring(entry, decision, None, 30.0)
 
     def _offload(self, entry: Entry, target: str, timeout: float, why: str) -> OffloadDecision:
         usage, now = self._memory().usage, time.monotonic()
@@ -380,19 +387,23 @@ class AutomaticOffloader:
             )
         )
 
-    def _restore(
+    @staticmethod
+    def _give(entry: Entry, decision: OffloadDecision) -> str:
+        """Give a model what was decided; what keeps it from streaming in that, as text."""
+        streams = decision.action == "stream"
+        room = entry.movable.host_bytes() + decision.nbytes if streams else entry.movable.nbytes
+        try:
+            entry.give(room)
+        except LimitError as error:
+            if not streams:
+                raise
+            return f"{decision.reason} as the store has room, a unit at a time: {error}"
+        return ""
+
+    def _bring(
         self, entry: Entry, decision: OffloadDecision, target: str | None, timeout: float
     ) -> OffloadDecision:
-        room = None
-        if decision.action == "stream":
-            room = entry.movable.host_bytes() + decision.nbytes
-        try:
-            moved = entry.restore(room, target, timeout)
-        except LimitError as error:
-            if room is None:
-                raise
-            reason = f"{decision.reason} as the store has room, a unit at a time: {error}"
-            return self._note(replace(decision, nbytes=0, reason=reason))
+        moved = entry.fetch(target, timeout)
         action = "stream" if moved.streams else "restore"
         return self._note(replace(decision, action=action, nbytes=moved.nbytes, held=moved.held))
 
