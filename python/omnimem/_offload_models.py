@@ -154,12 +154,26 @@ class Models:
         self.store = store
         self.limit = parse_size(store.config.host_limit)
         """Bytes of memory that the store may have."""
-        self.sharing = threading.Lock()
-        """Held while memory is shared out and models are told so, and never while weights move: two
-        who do it at once would each give what the other has given."""
+        self._sharing = threading.Lock()
+        self._owner = os.getpid()
         self._window = window
         self._entries: dict[str, Entry] = {}
         self._numbers = itertools.count(1)
+
+    @property
+    def sharing(self) -> threading.Lock:
+        """Held while memory is shared out and models are told so, and never while weights move.
+
+        Two who do it at once would each give what the other has given.
+
+        Raises
+        ------
+        ClosedError
+            In a process made by fork, where it may be held for ever.
+        """
+        if os.getpid() != self._owner:
+            raise ClosedError("these models belong to the process that forked this one")
+        return self._sharing
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))
