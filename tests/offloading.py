@@ -119,6 +119,10 @@ class Weights:
         self.inside = min(self.nbytes, room)
         self.state = "streams" if room < self.nbytes else "resident"
 
+    def fetch(self, target: str | None = None, timeout: float = 30.0) -> Moved:
+        self._go("fetch")
+        return Moved(self.inside, (), self.state == "streams")
+
     def release(self) -> None:
         self._go("release")
 

@@ -135,7 +135,7 @@ def test_offload_and_restore(
     assert weights["a"].host_bytes() == 0
     back = offloader.restore_model("a")
     assert (back.action, back.nbytes) == ("restore", 100 * MIB)
-    assert weights["a"].calls == [("offload", "disk"), ("restore", None)]
+    assert weights["a"].calls == [("offload", "disk"), ("resize", 100 * MIB), ("fetch",)]
     again = offloader.restore_model(model)
     assert not again
     assert "all of 'a' is in memory" in again.reason
@@ -408,7 +408,7 @@ def test_what_would_press_does_not_come_back_by_itself(
     assert weights["a"].calls == [("offload", "disk")]
     watch.tell(0.5)
     offloader._step(watch._core.report())
-    assert weights["a"].calls[1:] == [("restore", None)]
+    assert weights["a"].calls[1:] == [("resize", 100 * MIB), ("fetch",)]
 
 
 def test_stop_does_not_wait_for_a_sample(

@@ -102,11 +102,18 @@ int om_fork_watch(void);
 #if OM_TSAN
 void AnnotateIgnoreReadsBegin(const char *file, int line);
 void AnnotateIgnoreReadsEnd(const char *file, int line);
+void AnnotateHappensBefore(const char *file, int line, const volatile void *address);
+void AnnotateHappensAfter(const char *file, int line, const volatile void *address);
 #define om_racy_reads_begin() AnnotateIgnoreReadsBegin(__FILE__, __LINE__)
 #define om_racy_reads_end()   AnnotateIgnoreReadsEnd(__FILE__, __LINE__)
+/* For what the kernel orders: all that came before the one comes before what comes after the other. */
+#define om_order_before(what) AnnotateHappensBefore(__FILE__, __LINE__, what)
+#define om_order_after(what)  AnnotateHappensAfter(__FILE__, __LINE__, what)
 #else
 #define om_racy_reads_begin() ((void)0)
 #define om_racy_reads_end()   ((void)0)
+#define om_order_before(what) ((void)(what))
+#define om_order_after(what)  ((void)(what))
 #endif
 
 #endif

@@ -239,7 +239,7 @@ void om_meter_retire_locked(struct om_store *s)
 	memcpy(counters, &totals, sizeof(counters));
 	__atomic_add_fetch(&closing_begun, 1, __ATOMIC_SEQ_CST);
 	for (size_t i = 0; i < COUNTERS; i++)
-		__atomic_add_fetch(&closed[i], counters[i], __ATOMIC_RELAXED);
+		__atomic_add_fetch(&closed[i], counters[i], __ATOMIC_SEQ_CST);
 	s->meter.retired = true;
 	__atomic_add_fetch(&closing_ended, 1, __ATOMIC_SEQ_CST);
 }
@@ -249,8 +249,7 @@ uint64_t om_totals_closed(struct om_totals *ret)
 	uint64_t counters[COUNTERS], ended = __atomic_load_n(&closing_ended, __ATOMIC_SEQ_CST);
 
 	for (size_t i = 0; i < COUNTERS; i++)
-		counters[i] = __atomic_load_n(&closed[i], __ATOMIC_RELAXED);
+		counters[i] = __atomic_load_n(&closed[i], __ATOMIC_SEQ_CST);
 	memcpy(ret, counters, sizeof(*ret));
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	return ended == __atomic_load_n(&closing_begun, __ATOMIC_SEQ_CST) ? ended : UINT64_MAX;
 }

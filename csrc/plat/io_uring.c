@@ -128,6 +128,7 @@ static int open_ring(struct uring *u, char *reason, unsigned reason_size)
 	}
 	if (code)
 		return denied(code);
+	om_order_after(ladder);
 	if (!(u->ring.features & IORING_FEAT_EXT_ARG) || !(u->ring.features & IORING_FEAT_NODROP))
 		code = om_err(-ENOSYS,
 		              "this kernel's io_uring is too old: use Linux 5.11 or later");
@@ -358,6 +359,7 @@ static void destroy(void *state, bool inherited)
 		/* The kernel may write to the buffers until the last completion. */
 		while (u->flying && !u->broken)
 			reap(u, reqs, results, 16, 1, om_deadline(OM_NSEC));
+		om_order_before(ladder); /* the next ring may be mapped where this one was */
 		io_uring_queue_exit(&u->ring);
 	}
 	close(u->wake_fd);

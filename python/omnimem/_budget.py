@@ -78,14 +78,18 @@ class Budget:
         entry = self._models.get(movable.model_id)
         if entry is None or entry.movable is not movable:
             return
+        with self._models.sharing:
+            self._share(entry)
+
+    def _share(self, entry: Entry) -> None:
         busy = [each for each in self._models if each is not entry and each.movable.in_use]
         users = {each.model_id: each for each in (entry, *busy)}
         parts = shares(self._shared(len(users)), {name: each.size for name, each in users.items()})
         rooms = {name: self._room(each, parts[name]) for name, each in users.items()}
         room = rooms[entry.model_id]
-        if entry.room == room:
+        if entry.room == room and self._models.spare() >= 0:
             return
-        entry.room = room  # before others are looked at: who brings one back looks at this
+        entry.room = room
         try:
             for each in self._models.rest(entry):
                 self._tell("offload", each, f"{each.model_id!r} gives way to {entry.model_id!r}")

@@ -79,6 +79,9 @@ class Movable(Protocol):
     def resize(self, room: int) -> None:
         """Have at most `room` bytes of memory from now on; what stays comes when it is used."""
 
+    def fetch(self, target: str | None = None, timeout: float = 30.0) -> Moved:
+        """Bring in what stays by the last `resize`, unless that changes meanwhile."""
+
     def release(self) -> None:
         """Make the weights ordinary tensors in memory again; nothing is managed any more."""
 
@@ -325,11 +328,16 @@ class ManagedMapping:
         """
         self._alive()
         check_target(target, (None, "cpu"))
-        if room is not None and room < self.nbytes:
-            self.resize(room)
+        self.resize(self.nbytes if room is None else room)
+        return self.fetch(target, timeout)
+
+    def fetch(self, target: str | None = None, timeout: float = 30.0) -> Moved:
+        """Make the values tensors in memory again, unless `resize` gave less than they need."""
+        self._alive()
+        check_target(target, (None, "cpu"))
+        if self._store.group_stats(self.group).limit_bytes:
             return Moved(0, (), streams=True)
         before, missing = dict(self._tensors), self.missing_bytes()
-        self._store.group(self.group, 0)
         try:
             self._store.prefetch(self._names()).wait(timeout)
             for key in self._blocks:

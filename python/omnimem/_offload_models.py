@@ -10,8 +10,10 @@ import itertools
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,32 +112,44 @@ class Entry:
 
     def offload(self, target: str, timeout: float) -> Moved | str:
         """Move it; what went wrong, as text, where it is as it was."""
-        self.room = None
+        before, self.room = self.room, None
         try:
             moved = self.movable.offload(target, timeout)
         except ClosedError:
             raise
         except (Error, OSError, MemoryError) as error:
+            self.room = before
             self._fail(error)
             log.warning("offloading %r to %s failed: %s", self.model_id, target, self.cause)
             return f"{self.model_id!r} is as it was, since moving it to {target} failed: {error}"
         self._succeed()
         return moved
 
-    def restore(self, room: int | None, target: str | None, timeout: float) -> Moved:
-        """Bring it back, within `room` bytes of memory; None: all of it."""
-        if self.cap is not None and (room is None or room > self.cap):
-            room = self.cap
-        self.room = self.movable.nbytes if room is None else room  # others may take it meanwhile
+    def give(self, room: int) -> None:
+        """Let it have so many bytes of memory. Others may take them again at any time."""
+        room = min(room, self.movable.nbytes if self.cap is None else self.cap)
+        self.room = room
         try:
-            moved = self.movable.restore(room, target, timeout)
-        except (ClosedError, LimitError):
+            self.movable.resize(room)
+        except BaseException:
             self.room = None
             raise
-        except (Error, OSError, MemoryError) as error:
-            self.room = None
-            self._fail(error)
-            log.warning("bringing %r back failed: %s", self.model_id, self.cause)
+
+    def fetch(self, target: str | None, timeout: float) -> Moved:
+        """Bring in what it was given; where that fails it is idle."""
+        room = self.room
+        try:
+            moved = self.movable.fetch(target, timeout)
+        except BaseException as error:
+            if self.room == room:
+                self.room = None
+                with suppress(Error, OSError, MemoryError):
+                    self.movable.offload("cpu")
+            if isinstance(error, (Error, OSError, MemoryError)) and not isinstance(
+                error, (ClosedError, LimitError)
+            ):
+                self._fail(error)
+                log.warning("bringing %r back failed: %s", self.model_id, self.cause)
             raise
         self._succeed()
         return moved
@@ -167,9 +181,26 @@ class Models:
         self.store = store
         self.limit = parse_size(store.config.host_limit)
         """Bytes of memory that the store may have."""
+        self._sharing = threading.Lock()
+        self._owner = os.getpid()
         self._window = window
         self._entries: dict[str, Entry] = {}
         self._numbers = itertools.count(1)
+
+    @property
+    def sharing(self) -> threading.Lock:
+        """Held while memory is shared out and models are told so, and never while weights move.
+
+        Two who do it at once would each give what the other has given.
+
+        Raises
+        ------
+        ClosedError
+            In a process made by fork, where it may be held for ever.
+        """
+        if os.getpid() != self._owner:
+            raise ClosedError("these models belong to the process that forked this one")
+        return self._sharing
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))

@@ -282,14 +282,35 @@ class ManagedModule(Uncopied):
         wish = self._wish_for(room)
         try:
             self._apply(wish)
-            for unit in sorted(wish.kept):
-                self._units.bring(unit, timeout)
-            for unit in sorted(wish.kept):
-                self._units.settled(unit)
+            self._bring(wish, timeout)
         except BaseException:
-            self._go_back(before, timeout)
+            if self._wish is wish:  # nobody asked for anything else meanwhile
+                self._go_back(before, timeout)
             raise
         return Moved(max(missing - self.missing_bytes(), 0), (), wish.kept != self._all)
+
+    def fetch(self, target: str | None = None, timeout: float = 30.0) -> Moved:
+        """Bring in what is to stay, as `resize` said; what is told to go meanwhile goes.
+
+        Raises
+        ------
+        CorruptError, IOFailure
+            It could not be read; the error names block and file.
+        BusyError
+            No memory for it at the deadline.
+        """
+        self._alive()
+        check_target(target, (None, self._home))
+        wish, missing = self._wish, self.missing_bytes()
+        self._bring(wish, timeout)
+        return Moved(max(missing - self.missing_bytes(), 0), (), self._wish.kept != self._all)
+
+    def _bring(self, wish: _Wish, timeout: float) -> None:
+        for bring in (lambda unit: self._units.bring(unit, timeout), self._units.settled):
+            for unit in sorted(wish.kept):
+                if self._wish is not wish:
+                    return
+                bring(unit)
 
     def resize(self, room: int) -> None:
         """Have at most `room` bytes of memory from now on.

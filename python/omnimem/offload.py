@@ -260,14 +260,18 @@ class AutomaticOffloader:
                     at=now,
                 )
             )
-        room, idle = None, 0
-        if entry.movable.home == "cpu":
-            if known.missing_bytes > self._models.spare():
+        memory, at_home = self._memory(entry.movable.home), entry.movable.home == "cpu"
+        with self._models.sharing:
+            room, idle = None, 0
+            if at_home and known.missing_bytes > self._models.spare():
                 self._models.rest(entry)
-            room, idle = self._room(entry), self._models.idle(entry)
-        memory = self._memory(entry.movable.home)
-        decision = restore(known, memory, self.config, now, room, idle)
-        return self._restore(entry, decision, target_device, timeout)
+            if at_home:
+                room, idle = self._room(entry), self._models.idle(entry)
+            decision = restore(known, memory, self.config, now, room, idle)
+            trouble = self._give(entry, decision)
+        if trouble:
+            return self._note(replace(decision, nbytes=0, reason=trouble))
+        return self._bring(entry, decision, target_device, timeout)
 
     # -- by itself -------------------------------------------------------------------------------
 
@@ -367,13 +371,15 @@ class AutomaticOffloader:
 
     def _fetch(self, entry: Entry, decision: OffloadDecision) -> None:
         """Bring a model back ahead of its use, unless another one took the room meanwhile."""
-        if entry.movable.home == "cpu":
-            entry.room = entry.movable.nbytes
-            if self._models.spare() < 0:
-                entry.room = None
-                return
+        with self._models.sharing:
+            if entry.movable.home == "cpu":
+                entry.room = entry.movable.nbytes
+                if self._models.spare() < 0:
+                    entry.room = None
+                    return
+            self._give(entry, decision)
         with suppress(Error, OSError, MemoryError):  # told already, and counted
-            self._restore(entry, decision, None, 30.0)
+            self._bring(entry, decision, None, 30.0)
 
     def _offload(self, entry: Entry, target: str, timeout: float, why: str) -> OffloadDecision:
         usage, now = self._memory(entry.movable.home).usage, time.monotonic()
@@ -396,21 +402,25 @@ class AutomaticOffloader:
             )
         )
 
-    def _restore(
+    @staticmethod
+    def _give(entry: Entry, decision: OffloadDecision) -> str:
+        """Give a model what was decided; what keeps it from streaming in that, as text."""
+        streams = decision.action == "stream"
+        movable = entry.movable
+        here = movable.host_bytes() if movable.home == "cpu" else movable.home_bytes()
+        room = here + decision.nbytes if streams else movable.nbytes
+        try:
+            entry.give(room)
+        except LimitError as error:
+            if not streams:
+                raise
+            return f"{decision.reason} as the store has room, a unit at a time: {error}"
+        return ""
+
+    def _bring(
         self, entry: Entry, decision: OffloadDecision, target: str | None, timeout: float
     ) -> OffloadDecision:
-        room = None
-        if decision.action == "stream":
-            movable = entry.movable
-            here = movable.host_bytes() if movable.home == "cpu" else movable.home_bytes()
-            room = here + decision.nbytes
-        try:
-            moved = entry.restore(room, target, timeout)
-        except LimitError as error:
-            if room is None:
-                raise
-            reason = f"{decision.reason} as the store has room, a unit at a time: {error}"
-            return self._note(replace(decision, nbytes=0, reason=reason))
+        moved = entry.fetch(target, timeout)
         action = "stream" if moved.streams else "restore"
         return self._note(replace(decision, action=action, nbytes=moved.nbytes, held=moved.held))
 
