@@ -475,14 +475,3 @@ def latency(args: argparse.Namespace) -> None:
                     steps[side][kind].append(done.steps)
     sides["ours"].close()
     report({"steps": steps, "identical": digests["plain"] == digests["ours"]})
-
-
-def instructions(args: argparse.Namespace) -> None:
-    """Decode `args.repeats` + 2 single tokens with model A, on one thread, for callgrind."""
-    torch.set_num_threads(1)
-    built = build(args.contender, args.dir, args.budget_bytes, args.scratch)
-    ids = torch.tensor([[11]])
-    with torch.no_grad():
-        for _ in range(args.repeats + 2):
-            built.models["A"](input_ids=ids, logits_to_keep=1)
-    os._exit(0)

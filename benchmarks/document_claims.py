@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -329,38 +327,6 @@ def claim_latency(args: argparse.Namespace, data: dict[str, Any]) -> tuple[list[
     return cells, bad
 
 
-def callgrind(args: argparse.Namespace, name: str, passes: int) -> int:
-    """Instructions of a process that loads the models and decodes that many tokens, and two."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", sys.executable,
-                   __file__, "--child", "instructions", "--contender", name, "--dir",
-                   str(args.dir), "--scale", args.scale, "--budget-bytes",
-                   str(int(args.total * 1.05)), "--repeats", str(passes), "--scratch",
-                   str(args.scratch)]  # fmt: skip
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env,
-                              timeout=args.timeout)  # fmt: skip
-        if not out.exists():
-            raise BenchError(f"callgrind of {name}: {done.stderr.strip()[-300:]}")
-        line = next(ln for ln in out.read_text().splitlines() if ln.startswith("summary:"))
-        return int(line.split()[1])
-
-
-def count_instructions(args: argparse.Namespace, data: dict[str, Any]) -> None:
-    """Instructions of a decode pass of model A, plain and ours: of two runs, the difference."""
-    counts = {}
-    for name in ("plain", args.ours):
-        more, fewer = callgrind(args, name, args.passes), callgrind(args, name, 0)
-        counts[name] = (more - fewer) / args.passes
-    data["instructions"] = counts
-    plain, ours = counts["plain"], counts[args.ours]
-    show_table("Instructions of a decode pass (callgrind, one thread)",
-               ["model", "plain", args.ours, "ratio"],
-               [[FOLDERS["A"], f"{plain:.0f}", f"{ours:.0f}", f"{ours / plain:.5f}"]],
-               markdown=args.markdown)  # fmt: skip
-
-
 def failed(rows: Iterable[dict[str, Any]]) -> bool:
     """Whether an output differed, or one of ours did not get to its end."""
     return any(row["identical"] is False or (row["contender"] in ("plain", *OURS)
@@ -384,8 +350,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=4, help="A B C of the second claim")
     parser.add_argument("--burst", type=int, default=8, help="requests in a row of the first")
     parser.add_argument("--repeats", type=int, default=10, help="turns of the third")
-    parser.add_argument("--passes", type=int, default=5, help="passes under callgrind")
-    parser.add_argument("--instructions", action="store_true", help="also count instructions")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds for one request")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one child")
     parser.add_argument("--json", type=Path, help="write every number and the machine's facts")
@@ -440,8 +404,6 @@ def child(args: argparse.Namespace) -> None:
         report({"ours": "omnimem" if managed else "omnimem-static"})
     elif args.child == "latency":
         pipeline.latency(args)
-    elif args.child == "instructions":
-        pipeline.instructions(args)
     else:
         pipeline.serve(args)
 
@@ -465,8 +427,6 @@ def main() -> int:
         promises.append(cells)
         bad |= broken
         write_json(args.json, data)
-    if args.instructions:
-        count_instructions(args, data)
     data["promises"] = promises
     show_table("What the document expects", ["the document's promise", f"ours ({args.ours})",
                "ratio"], promises, markdown=args.markdown)  # fmt: skip

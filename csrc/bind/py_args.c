@@ -8,10 +8,12 @@
 #include <math.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
-#define SLICE_NS (OM_NSEC / 10)   /* signals are seen this often */
-#define PAUSE_NS (OM_NSEC / 1000) /* after a refusal that came before its deadline */
-#define MAX_SIZE (UINT64_C(1) << 62)
+#define SLICE_NS  (OM_NSEC / 10) /* signals are seen this often, by the main thread */
+#define OTHERS_NS OM_NSEC        /* by others, which have none to handle: idle ones are to sleep */
+#define PAUSE_NS  (OM_NSEC / 1000) /* after a refusal that came before its deadline */
+#define MAX_SIZE  (UINT64_C(1) << 62)
 
 static int find_name(PyObject *key, const char *const *names)
 {
@@ -153,8 +155,10 @@ static void pause_until(uint64_t deadline_ns)
 
 int py_wait(int (*call)(void *arg, uint64_t deadline_ns), void *arg, uint64_t deadline_ns)
 {
+	uint64_t slice_ns = gettid() == getpid() ? SLICE_NS : OTHERS_NS;
+
 	for (;;) {
-		uint64_t slice = om_deadline(SLICE_NS);
+		uint64_t slice = om_deadline(slice_ns);
 		bool last = deadline_ns <= slice;
 		int code;
 

@@ -134,6 +134,8 @@ class Units(Uncopied):
         mine = self._mine
         for entered in list(self._threads):
             thread, held, ended, passes = entered
+            if held is mine.held:
+                continue
             if not thread.is_alive() and entered in self._threads:
                 self._threads.remove(entered)
                 mine.held.extend(held)
