@@ -83,6 +83,7 @@ class Weights:
         self.held: tuple[tuple[str, int], ...] = ()
         self.calls: list[tuple[Any, ...]] = []
         self.on_use: Callable[[Any], None] | None = None
+        self.on_short: Callable[[Any], None] | None = None
 
     def host_bytes(self) -> int:
         return self.inside

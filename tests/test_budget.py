@@ -163,3 +163,39 @@ def test_a_share_that_is_too_small(
     assert "the least is 90 MiB" in models["decisions"][-1].reason
     budget.used(models["a"].movable)
     assert calls(models["a"]) == []
+
+
+def test_all_give_way_to_one_that_waits(models: dict[str, Any], budget: Budget) -> None:
+    known, a, b, c = (models[name] for name in ("", "a", "b", "c"))
+    budget.used(a.movable)
+    a.movable.in_use = True
+    budget.used(b.movable)
+    calls(a), calls(b)
+    a.movable.failure = omnimem.BusyError("still read")
+    known.give_way(b.movable)
+    assert calls(b) == [("offload", "cpu")]
+    assert calls(c) == []  # had nothing
+    assert (a.room, b.room, c.room) == (73 * MIB, None, None)  # a failed to
+    a.movable.failure = None
+    known.give_way(b.movable)
+    assert calls(a)[-1] == ("offload", "cpu")
+    assert a.room is None
+    with known.sharing:  # whoever shares out may wait for weights itself
+        b.room = 1
+        known.give_way(a.movable)
+    assert b.room == 1
+
+
+def test_what_segments_waste_is_not_given(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = models[""]
+    known.store.add("large", bytes(MIB))
+    known.store.add("small", bytes(4096))  # in a segment of 2 MiB
+    assert known.spare() == 150 * MIB
+    known.give_way(models["a"].movable)
+    host = known.store.stats().host
+    assert known.wasted == host.mapped_bytes - host.used_bytes == 2 * MIB - 4096
+    assert known.spare() == known.room(models["a"]) == 148 * MIB + 4096
+    known.remove(models["c"])
+    assert known.spare() == 150 * MIB

@@ -327,7 +327,7 @@ def test_fork_in_a_pass(how: str, tmp_path: Path, io_backend: str) -> None:
 FORK_AMID_THREADS = """
 models = [make_model(seed) for seed in range(3)]  # of 2 MiB
 wants = [model(x) for model in models]
-manager = open_manager(budget="64MiB")
+manager = open_manager(budget="8MiB")  # by their bytes they fit, by their segments they do not
 for i, model in enumerate(models):
     manager.attach(model, model_id=str(i))
 stop, wrong, calls = threading.Event(), [], [0, 0, 0]

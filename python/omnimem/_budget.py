@@ -106,7 +106,7 @@ class Budget:
 
     def _shared(self, users: int) -> int:
         """What so many models may have: those beside others each leave a segment partly filled."""
-        limit = self._models.limit
+        limit = self._models.usable
         return limit if users == 1 else max(limit - users * _SEGMENT, limit // 2)
 
     @staticmethod

@@ -46,6 +46,9 @@ class Movable(Protocol):
     """Bytes of its weights."""
     on_use: Callable[[Movable], None] | None
     """Called when a pass begins, before any weight is needed, on the thread that begins it."""
+    on_short: Callable[[Movable], None] | None
+    """Called when weights wait for memory that is leased, on the thread that waits; it may have
+    models that keep theirs give way."""
 
     @property
     def home(self) -> str:
@@ -186,6 +189,7 @@ class ManagedMapping:
         self.home = "cpu"
         self.group = group_of(store, model_id)
         self.on_use: Callable[[Movable], None] | None = None
+        self.on_short: Callable[[Movable], None] | None = None  # a mapping waits for nothing
         self._store = store
         self._tensors = tensors
         self._makers: dict[str, Callable[[Any], Any]] = {}

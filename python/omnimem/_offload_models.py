@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from omnimem._attached import Attached
 from omnimem._offload_choice import Memory, Model
-from omnimem.config import parse_size
+from omnimem.config import format_size, parse_size
 from omnimem.errors import ClosedError, Error, LimitError
 from omnimem.store import Store
 
@@ -181,6 +181,9 @@ class Models:
         self.store = store
         self.limit = parse_size(store.config.host_limit)
         """Bytes of memory that the store may have."""
+        self.wasted = 0
+        """Of these, those that blocks left unused in their segments when memory ran short; learned
+        anew when models come or go."""
         self._sharing = threading.Lock()
         self._owner = os.getpid()
         self._window = window
@@ -233,7 +236,9 @@ class Models:
 
         movable = manage(model, self.store, model_id, model_dir=model_dir, resident=resident)
         entry = self._entries[model_id] = Entry(movable, model, model_dir is not None)
+        self.wasted = 0
         entry.slack = self.store.group_stats(movable.group).blocks * 2 * _PAGE
+        movable.on_short = self.give_way
         if resident:
             entry.room = movable.nbytes
         if getattr(model, "omnimem", None) is movable:
@@ -257,7 +262,8 @@ class Models:
     def remove(self, entry: Entry) -> None:
         """Forget a model that was released or closed."""
         self._entries.pop(entry.model_id, None)
-        entry.movable.on_use = None
+        self.wasted = 0
+        entry.movable.on_use = entry.movable.on_short = None
         handle = getattr(entry.model, "omnimem", None)
         if isinstance(handle, Attached) and handle._entry is entry:
             del entry.model.omnimem
@@ -276,11 +282,16 @@ class Models:
         entry = self._entries.get(model_id)
         return "cpu" if entry is None else entry.movable.home
 
+    @property
+    def usable(self) -> int:
+        """Bytes of memory that weights can have."""
+        return self.limit - self.wasted
+
     def room(self, entry: Entry) -> int:
         """Bytes that the store's limit allows a model, beside what others use right now."""
         others = self._others(entry)
         busy = sum(each.size for each in others if each.movable.in_use)
-        return max(self.limit - busy - entry.slack, 0)
+        return max(self.usable - busy - entry.slack, 0)
 
     def spare(self) -> int:
         """Bytes of the store that no model was given; below 0: they were given too many."""
@@ -289,7 +300,7 @@ class Models:
             for each in self._others()
             if each.room is not None
         ]
-        return self.limit - sum(given)
+        return self.usable - sum(given)
 
     def _others(self, entry: Entry | None = None) -> list[Entry]:
         """Models that are at home in RAM, but for one."""
@@ -309,6 +320,34 @@ class Models:
                 each.movable.offload("cpu")
                 rested.append(each)
         return rested
+
+    def give_way(self, movable: Movable) -> None:
+        """Have all models keep nothing, since one waits for memory that they hold.
+
+        Those in use go on a unit at a time until their next pass begins. What was given fitted by
+        its bytes and did not in whole segments: that much less is given from now on.
+        """
+        if not self.sharing.acquire(blocking=False):
+            return  # it is being shared out right now; who still waits then asks again
+        try:
+            self.store.trim()
+            host = self.store.stats().host
+            self.wasted = min(host.mapped_bytes - host.used_bytes, self.limit // 2)
+            log.info(
+                "%r waits for memory: models keep nothing until they are used next; %s of %s lie "
+                "where no block has use for them",
+                movable.model_id,
+                format_size(self.wasted),
+                format_size(self.limit),
+            )
+            for each in self._others():
+                if each.room is None:
+                    continue
+                with suppress(Error, OSError, MemoryError):  # who waits hears what keeps it waiting
+                    each.movable.offload("cpu")
+                    each.room = None
+        finally:
+            self.sharing.release()
 
     def use(self, model_id: str) -> Usage:
         """How a model is used."""

@@ -71,6 +71,7 @@ class ManagedModule(Uncopied):
         self.group = units.group
         self.nbytes = sum(part.nbytes for unit in units.units for part in unit.parts)
         self.on_use: Callable[[Movable], None] | None = None
+        self.on_short: Callable[[Movable], None] | None = None
         self._model = model
         self._params = params
         self._store = store
@@ -144,6 +145,7 @@ class ManagedModule(Uncopied):
 
     def _hook(self) -> None:
         self._units.on_alone = self._alone
+        self._units.on_short = self._short
         self._units.hook(self._model, self._handles)
         # Put before the hooks of a unit that is the model itself.
         begin = self._model.register_forward_pre_hook(self._begin_pass, prepend=True)
@@ -172,6 +174,10 @@ class ManagedModule(Uncopied):
         self._end(self.group)
         if self.on_use is not None:
             self.on_use(self)
+
+    def _short(self) -> None:
+        if self.on_short is not None:
+            self.on_short(self)
 
     # -- what is where
 

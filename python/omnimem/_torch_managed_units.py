@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import time
 from collections.abc import Callable, Iterable
 from operator import itemgetter
 from typing import Any
@@ -16,12 +17,16 @@ from omnimem import _core
 from omnimem._managed import missing_bytes
 from omnimem._torch_parts import UnitParts, bytes_of, shown
 from omnimem._torch_units import Units, unset
+from omnimem.errors import BusyError
 from omnimem.store import Store
 
 REMEDY = (
     "to move; call model.omnimem.release() first, which gives the model memory of its own for all "
     "of them"
 )
+
+_FIRST = 0.01
+"""Of the seconds that a unit may take to come: until memory that others keep is asked for."""
 
 
 class ManagedUnits(Units):
@@ -40,6 +45,8 @@ class ManagedUnits(Units):
         self.params = [([], unit.params) for unit in units]
         self.on_alone: Callable[[], None] = lambda: None
         """Called when a unit is entered outside any pass."""
+        self.on_short: Callable[[], None] = lambda: None
+        """Called when a unit waits for memory that is leased; then it tries again."""
         self._saved: set[int] = set()
         """Units of which parameters stayed as they are, since autograd has them."""
 
@@ -134,6 +141,19 @@ class ManagedUnits(Units):
         if not mine.passes and not mine.held:
             self.on_alone()
         super()._enter(unit, leave, module, args)
+
+    def _get(self, unit: int, held: list[int], timeout: float) -> bool:
+        # Each try is twice as long: one that ends gives up what it has begun to read.
+        now, tried = time.monotonic(), timeout * _FIRST
+        end = now + timeout
+        while now + tried < end:
+            try:
+                return super()._get(unit, held, tried)
+            except BusyError as error:
+                if error.holders:
+                    self.on_short()
+            now, tried = time.monotonic(), 2 * tried
+        return super()._get(unit, held, max(end - now, 0.0))
 
     def begin_pass(self, begin: Callable[[str], None]) -> None:
         """Note that a pass of this thread begins; those that an interrupt left end."""

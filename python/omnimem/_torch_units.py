@@ -97,13 +97,17 @@ class Units(Uncopied):
         held = self._mine.held
         before = len(held)
         try:
-            if self.stream.enter(unit, held, timeout):
+            if self._get(unit, held, timeout):
                 self._bind(unit)
                 self.stream.bound(unit)
         except BaseException:
             while len(held) > before:
                 self._let_go()
             raise
+
+    def _get(self, unit: int, held: list[int], timeout: float) -> bool:
+        """Have a unit's bytes in memory, and the unit noted as held; are its windows to be made?"""
+        return self.stream.enter(unit, held, timeout)
 
     def _leave(self, unit: int, module: nn.Module, args: Any, output: Any) -> None:
         held = self._mine.held
