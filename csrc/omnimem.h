@@ -93,6 +93,8 @@ struct om_group_stats {
 	uint64_t idle_bytes;                              /* of host_bytes, those that may go now */
 	uint64_t
 		spare_bytes; /* of idle_bytes, those of blocks with an origin: they go for nothing */
+	uint64_t
+		missing_bytes; /* of blocks that are not in HOST: what would have to come, or be decoded */
 	uint64_t limit_bytes;  /* 0: only the store's binds */
 	uint64_t packed_bytes; /* of host_bytes, those of encoded forms */
 	uint64_t

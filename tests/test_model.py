@@ -167,8 +167,16 @@ class Model(RuleBasedStateMachine):
         assert stats.blocks == len(self.model)
         assert stats.host.mapped_bytes <= HOST
         assert stats.disk.used_bytes <= DISK
+        missing: dict[str, int] = dict.fromkeys(self.store.groups(), 0)
         for name, content in self.model.items():
-            assert self.store.info(name).nbytes == len(content)
+            info = self.store.info(name)
+            assert info.nbytes == len(content)
+            if "host" not in info.tiers:
+                missing[info.group] += info.nbytes
+        # A fill or a spill may end between the questions: each of them changes what is missing.
+        if not stats.moves:
+            counted = {name: self.store.group_stats(name).missing_bytes for name in missing}
+            assert counted == missing
 
     def teardown(self) -> None:
         if hasattr(self, "store"):

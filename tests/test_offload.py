@@ -411,6 +411,39 @@ def test_what_would_press_does_not_come_back_by_itself(
     assert weights["a"].calls[1:] == [("resize", 100 * MIB), ("fetch",)]
 
 
+def test_a_sample_that_asks_for_nothing_costs_little(
+    open_offloader: Callable[..., AutomaticOffloader],
+    weights: dict[str, Weights],
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Models are described only where one may have to go, or to come back."""
+    offloader = open_offloader(EAGER)
+    described: list[str] = []
+    describe = offloader._models.describe
+
+    def look(model_id: str, now: float) -> Any:
+        described.append(model_id)
+        return describe(model_id, now)
+
+    monkeypatch.setattr(offloader._models, "describe", look)
+    for usage, slope, away, asked in (
+        (0.4, None, "", ""),
+        (0.65, None, "b", ""),  # above where models come back, below where they go
+        (0.4, None, "b", "b"),
+        (0.65, 100.0 * MIB, "", "ab"),  # the trend has them go
+        (0.95, None, "", "ab"),
+    ):
+        for name in "ab":
+            if name not in weights:
+                offloader.register({"w": name}, name)
+            weights[name].inside = 0 if name == away else weights[name].nbytes
+        described.clear()
+        watch.tell(usage, slope)
+        offloader._step(watch._core.report())
+        assert "".join(described) == asked, (usage, slope)
+
+
 def test_stop_does_not_wait_for_a_sample(
     open_offloader: Callable[..., AutomaticOffloader], watch: Watch
 ) -> None:

@@ -88,11 +88,13 @@ def test_zeros_are_made_at_the_first_access(swapper: AdvancedMemorySwapper) -> N
         1,
     )
     assert group_of(swapper).host_bytes == 0
+    assert group_of(swapper).missing_bytes == 3 * MIB
     assert swap_all(swapper) == 0
     assert swapper.access_memory_block("a") is block
     assert block.ptr != 0
     assert block.allocated
     assert group_of(swapper).host_bytes == 3 * MIB
+    assert group_of(swapper).missing_bytes == 0
     assert bytes(memoryview(block)) == bytes(3 * MIB)
 
 

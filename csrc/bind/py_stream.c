@@ -1,54 +1,19 @@
 /*
  * py_stream: _core.Stream, units of blocks that pass through a ring.
  *
- * Owns one stream of the core, and per unit what its windows look like, checked once. windows() is
- * the hot path of a layer: one capsule a window, no Python but the list.
+ * Owns one stream of the core, and a record of each unit. What the units' windows look like is in
+ * py_stream_windows.c.
  */
-#include "bind/py_bind.h"
+#include "bind/py_stream.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 PyTypeObject *py_stream_type;
 
-struct window {
-	size_t block;
-	uint64_t offset;
-	struct om_dl_type type;
-	int ndim;
-	int64_t *shape, *strides; /* strides NULL: contiguous */
-};
-
-struct unit {
-	size_t blocks;
-	uint8_t *keep;    /* a block: enum om_keep */
-	uint64_t *nbytes; /* a block */
-	size_t windows;
-	struct window *window;
-	int64_t *shapes; /* and strides, of all windows */
-};
-
-struct py_stream {
-	PyObject_HEAD struct om_stream *st; /* NULL: closed */
-	struct py_core *core;
-	size_t count;
-	struct unit *units;
-	unsigned inside; /* threads in a call without the GIL */
-};
-
-static void clear_windows(struct unit *u)
-{
-	free(u->window);
-	free(u->shapes);
-	u->window = NULL;
-	u->shapes = NULL;
-	u->windows = 0;
-}
-
-static void free_units(struct unit *units, size_t count)
+static void free_units(struct py_unit *units, size_t count)
 {
 	for (size_t i = 0; units && i < count; i++) {
-		clear_windows(&units[i]);
+		py_unit_clear_windows(&units[i]);
 		free(units[i].keep);
 		free(units[i].nbytes);
 	}
@@ -58,7 +23,7 @@ static void free_units(struct unit *units, size_t count)
 /* ---- creation ---- */
 
 /* Blocks of one unit: names into `names`, the rest into `u`. */
-static int read_blocks(struct py_core *core, PyObject *tuple, struct unit *u, const char **names)
+static int read_blocks(struct py_core *core, PyObject *tuple, struct py_unit *u, const char **names)
 {
 	struct om_info info;
 
@@ -94,8 +59,8 @@ static int read_blocks(struct py_core *core, PyObject *tuple, struct unit *u, co
 }
 
 /* One unit; *ret_keep holds the tuple whose texts are pointed to. */
-static int read_unit(struct py_core *core, PyObject *o, struct unit *u, struct om_stream_unit *su,
-                     PyObject **ret_keep)
+static int read_unit(struct py_core *core, PyObject *o, struct py_unit *u,
+                     struct om_stream_unit *su, PyObject **ret_keep)
 {
 	const char **names;
 
@@ -219,8 +184,7 @@ static struct om_stream *open_stream(struct py_stream *o)
 	return o->st;
 }
 
-/* The open stream and a unit's number out of an argument. */
-static int read_place(struct py_stream *o, PyObject *unit, size_t *ret)
+int py_stream_place(struct py_stream *o, PyObject *unit, size_t *ret)
 {
 	uint64_t number;
 
@@ -305,7 +269,7 @@ static PyObject *stream_enter(PyObject *self, PyObject *const *args, Py_ssize_t 
 	uint64_t deadline_ns;
 
 	if (py_args("enter", args, nargs, kwnames, names, 2, 3, a) ||
-	    py_deadline(a[2], &deadline_ns) || read_place(o, a[0], &c.unit))
+	    py_deadline(a[2], &deadline_ns) || py_stream_place(o, a[0], &c.unit))
 		return NULL;
 	if (!PyList_Check(a[1])) {
 		PyErr_Format(PyExc_TypeError, "held must be a list, not %R", Py_TYPE(a[1]));
@@ -327,7 +291,8 @@ static PyObject *stream_bound(PyObject *self, PyObject *const *args, Py_ssize_t 
 	size_t unit;
 	int ok = 1;
 
-	if (py_args("bound", args, nargs, kwnames, names, 1, 2, a) || read_place(o, a[0], &unit))
+	if (py_args("bound", args, nargs, kwnames, names, 1, 2, a) ||
+	    py_stream_place(o, a[0], &unit))
 		return NULL;
 	if (a[1] && (ok = PyObject_IsTrue(a[1])) < 0)
 		return NULL;
@@ -342,7 +307,7 @@ static PyObject *stream_leave(PyObject *self, PyObject *number)
 	size_t unit;
 	int code;
 
-	if (read_place(o, number, &unit))
+	if (py_stream_place(o, number, &unit))
 		return NULL;
 	code = om_stream_leave(o->st, unit, &unbind);
 	return code ? py_raise(code) : PyBool_FromLong(unbind);
@@ -353,7 +318,7 @@ static PyObject *stream_unbound(PyObject *self, PyObject *number)
 	struct py_stream *o = (struct py_stream *)self;
 	size_t unit;
 
-	if (read_place(o, number, &unit))
+	if (py_stream_place(o, number, &unit))
 		return NULL;
 	om_stream_unbound(o->st, unit);
 	return Py_NewRef(Py_None);
@@ -369,8 +334,8 @@ static PyObject *stream_keep(PyObject *self, PyObject *const *args, Py_ssize_t n
 	size_t unit;
 	int kept, code;
 
-	if (py_args("keep", args, nargs, kwnames, names, 2, 2, a) || read_place(o, a[0], &unit) ||
-	    (kept = PyObject_IsTrue(a[1])) < 0)
+	if (py_args("keep", args, nargs, kwnames, names, 2, 2, a) ||
+	    py_stream_place(o, a[0], &unit) || (kept = PyObject_IsTrue(a[1])) < 0)
 		return NULL;
 	code = om_stream_keep(o->st, unit, kept, &unbind);
 	return code ? py_raise(code) : PyBool_FromLong(unbind);
@@ -384,135 +349,6 @@ static PyObject *stream_linger(PyObject *self, PyObject *on)
 	if (lingers < 0 || !open_stream(o))
 		return NULL;
 	return py_done(om_stream_linger(o->st, lingers));
-}
-
-/* ---- windows ---- */
-
-static int read_one_window(const struct unit *u, PyObject *o, struct window *w)
-{
-	uint64_t block, nbytes;
-	const char *dtype;
-	int strides;
-
-	if (!PyTuple_Check(o) || (PyTuple_Size(o) != 4 && PyTuple_Size(o) != 5)) {
-		PyErr_SetString(PyExc_TypeError, "a window is a tuple (block index, offset, dtype, "
-		                                 "shape), or one with strides");
-		return -1;
-	}
-	dtype = py_text(PyTuple_GetItem(o, 2), "dtype");
-	if (!dtype || py_dtype_parse(dtype, &w->type) ||
-	    py_size(PyTuple_GetItem(o, 0), "block index", &block) ||
-	    py_size(PyTuple_GetItem(o, 1), "offset", &w->offset) ||
-	    py_dims(PyTuple_GetItem(o, 3), "shape", w->shape, &w->ndim))
-		return -1;
-	if (block >= u->blocks) {
-		PyErr_Format(PyExc_ValueError, "block index %llu: the unit has %zu blocks",
-		             (unsigned long long)block, u->blocks);
-		return -1;
-	}
-	w->block = (size_t)block;
-	w->strides = PyTuple_Size(o) == 5 ? w->shape + OM_MAX_NDIM : NULL;
-	if (w->strides && py_dims(PyTuple_GetItem(o, 4), "strides", w->strides, &strides))
-		return -1;
-	if (w->strides && strides != w->ndim) {
-		PyErr_Format(PyExc_ValueError, "window: %d strides for %d dimensions", strides,
-		             w->ndim);
-		return -1;
-	}
-	if (py_window_check(u->nbytes[block], w->offset, w->type, w->ndim, w->shape, w->strides,
-	                    &nbytes))
-		return -1;
-	if (w->strides && py_dims_contiguous(w->ndim, w->shape, w->strides))
-		w->strides = NULL;
-	return 0;
-}
-
-static PyObject *stream_set_windows(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
-                                    PyObject *kwnames)
-{
-	static const char *const names[] = { "unit", "windows", NULL };
-	struct py_stream *o = (struct py_stream *)self;
-	PyObject *a[2] = { NULL }, *tuple;
-	struct unit fresh = { 0 }, *u;
-	size_t unit, n;
-
-	if (py_args("set_windows", args, nargs, kwnames, names, 2, 2, a) ||
-	    read_place(o, a[0], &unit))
-		return NULL;
-	tuple = PySequence_Tuple(a[1]);
-	if (!tuple)
-		return NULL;
-	u = &o->units[unit];
-	n = (size_t)PyTuple_Size(tuple);
-	fresh.window = calloc(n + 1, sizeof(*fresh.window));
-	fresh.shapes = calloc(n + 1, sizeof(int64_t) * 2 * OM_MAX_NDIM);
-	if (!fresh.window || !fresh.shapes) {
-		PyErr_NoMemory();
-		goto fail;
-	}
-	for (; fresh.windows < n; fresh.windows++) {
-		struct window *w = &fresh.window[fresh.windows];
-
-		w->shape = fresh.shapes + fresh.windows * 2 * OM_MAX_NDIM;
-		if (read_one_window(u, PyTuple_GetItem(tuple, (Py_ssize_t)fresh.windows), w))
-			goto fail;
-	}
-	Py_DECREF(tuple);
-	clear_windows(u);
-	u->window = fresh.window;
-	u->shapes = fresh.shapes;
-	u->windows = n;
-	return Py_NewRef(Py_None);
-fail:
-	Py_DECREF(tuple);
-	clear_windows(&fresh);
-	return NULL;
-}
-
-static PyObject *export_window(struct py_stream *o, size_t unit, const struct window *w)
-{
-	struct py_view v = { .lease = om_stream_lease(o->st, unit, w->block),
-		             .type = w->type,
-		             .ndim = w->ndim,
-		             .shape = w->shape,
-		             .strides = w->strides };
-
-	if (!v.lease)
-		return py_raise_closed(
-			"the unit's bytes are not in memory: load() and enter() come first");
-	v.data = (char *)om_lease_data(v.lease) + w->offset;
-	v.writable = om_lease_writable(v.lease);
-	return py_export(&v, true, false);
-}
-
-static PyObject *stream_windows(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
-                                PyObject *kwnames)
-{
-	static const char *const names[] = { "unit", "resident", NULL };
-	struct py_stream *o = (struct py_stream *)self;
-	PyObject *a[2] = { NULL }, *list;
-	const struct unit *u;
-	size_t unit;
-	int resident = -1; /* both kinds */
-
-	if (py_args("windows", args, nargs, kwnames, names, 1, 2, a) || read_place(o, a[0], &unit))
-		return NULL;
-	if (a[1] && a[1] != Py_None && (resident = PyObject_IsTrue(a[1])) < 0)
-		return NULL;
-	u = &o->units[unit];
-	list = PyList_New(0);
-	for (size_t i = 0; list && i < u->windows; i++) {
-		const struct window *w = &u->window[i];
-		PyObject *capsule;
-
-		if (resident >= 0 && (u->keep[w->block] == OM_KEEP_PLAIN) != resident)
-			continue;
-		capsule = export_window(o, unit, w);
-		if (!capsule || PyList_Append(list, capsule))
-			Py_CLEAR(list);
-		Py_XDECREF(capsule);
-	}
-	return list;
 }
 
 /* ---- the rest ---- */
@@ -557,7 +393,7 @@ static PyObject *stream_forget(PyObject *self, PyObject *number)
 	size_t unit;
 	int code;
 
-	if (read_place(o, number, &unit))
+	if (py_stream_place(o, number, &unit))
 		return NULL;
 	code = om_stream_forget(o->st, unit);
 	return code ? py_raise(code) : Py_NewRef(Py_None);
@@ -613,8 +449,8 @@ static PyMethodDef stream_methods[] = {
 	{ "unbound", stream_unbound, METH_O, unbound_doc },
 	{ "keep", PY_FAST(stream_keep), PY_FAST_FLAGS, keep_doc },
 	{ "linger", stream_linger, METH_O, linger_doc },
-	{ "set_windows", PY_FAST(stream_set_windows), PY_FAST_FLAGS, set_windows_doc },
-	{ "windows", PY_FAST(stream_windows), PY_FAST_FLAGS, windows_doc },
+	{ "set_windows", PY_FAST(py_stream_set_windows), PY_FAST_FLAGS, set_windows_doc },
+	{ "windows", PY_FAST(py_stream_windows), PY_FAST_FLAGS, windows_doc },
 	{ "reserve", stream_reserve, METH_O, reserve_doc },
 	{ "forget", stream_forget, METH_O, forget_doc },
 	{ "stats", stream_stats, METH_NOARGS, stats_doc },

@@ -119,18 +119,18 @@ PyObject *py_store_group_stats(PyObject *self, PyObject *group)
 	code = om_store_group_stats(core->s, text, &g);
 	if (code)
 		return py_raise(code);
-	return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsdsdsN}", "blocks",
-	                     g.blocks, "pinned", g.pinned, "leases", g.leases, "swapped", g.swapped,
-	                     "host_bytes", g.host_bytes, "host_peak_bytes", g.host_peak_bytes,
-	                     "disk_bytes", g.disk_bytes, "idle_bytes", g.idle_bytes, "spare_bytes",
-	                     g.spare_bytes, "limit_bytes", g.limit_bytes, "packed_bytes",
-	                     g.packed_bytes, "gone_bytes", g.gone_bytes, "evictions", g.evictions,
-	                     "issued", g.issued, "used", g.used, "recent", g.recent, "reused",
-	                     g.reused, "repeated", g.repeated, "foretold", g.foretold, "hits",
-	                     t->hits, "misses", t->misses, "outs", t->outs, "ins", t->ins,
-	                     "out_bytes", t->out_bytes, "in_bytes", t->in_bytes, "out_seconds",
-	                     (double)t->out_ns / 1e9, "in_seconds", (double)t->in_ns / 1e9,
-	                     "trouble", PyUnicode_DecodeLocale(g.trouble, "surrogateescape"));
+	return Py_BuildValue(
+		"{sKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsdsdsN}", "blocks", g.blocks,
+		"pinned", g.pinned, "leases", g.leases, "swapped", g.swapped, "host_bytes",
+		g.host_bytes, "host_peak_bytes", g.host_peak_bytes, "disk_bytes", g.disk_bytes,
+		"idle_bytes", g.idle_bytes, "spare_bytes", g.spare_bytes, "missing_bytes",
+		g.missing_bytes, "limit_bytes", g.limit_bytes, "packed_bytes", g.packed_bytes,
+		"gone_bytes", g.gone_bytes, "evictions", g.evictions, "issued", g.issued, "used",
+		g.used, "recent", g.recent, "reused", g.reused, "repeated", g.repeated, "foretold",
+		g.foretold, "hits", t->hits, "misses", t->misses, "outs", t->outs, "ins", t->ins,
+		"out_bytes", t->out_bytes, "in_bytes", t->in_bytes, "out_seconds",
+		(double)t->out_ns / 1e9, "in_seconds", (double)t->in_ns / 1e9, "trouble",
+		PyUnicode_DecodeLocale(g.trouble, "surrogateescape"));
 }
 
 PyObject *py_store_ranked(PyObject *self, PyObject *args)

@@ -64,10 +64,12 @@ void om_block_retire(struct om_block *b)
 void om_block_set_named(struct om_block *b, bool named)
 {
 	b->group->blocks += (uint64_t)named - (uint64_t)b->named;
-	if (named)
+	if (named) {
 		b->named = true;
-	else
+		b->group->missing_bytes += om_block_missing_bytes(b);
+	} else {
 		om_block_lose_name(b);
+	}
 }
 
 void om_block_ref(struct om_block *b)
@@ -139,16 +141,19 @@ static uint64_t taken(const struct om_block *b)
 /* What a change of state, leases or pin may change in the group's counts. */
 struct counts {
 	bool idle, swapped, doubled;
-	uint64_t idle_bytes, spare_bytes;
+	uint64_t idle_bytes, spare_bytes, missing_bytes;
 };
 
 static struct counts counts_of(const struct om_block *b)
 {
 	bool idle = b->host == OM_COPY_VALID && !b->leases && !b->pinned;
 
-	return (struct counts){ idle, om_block_swapped(b), idle && b->body->packed,
+	return (struct counts){ idle,
+		                om_block_swapped(b),
+		                idle && b->body->packed,
 		                idle ? taken(b) : 0,
-		                idle && om_block_has_origin(b) ? taken(b) : 0 };
+		                idle && om_block_has_origin(b) ? taken(b) : 0,
+		                om_block_missing_bytes(b) };
 }
 
 /* Keep the group's counts, and its list of what is fetched ahead. */
@@ -163,6 +168,7 @@ static void recount(struct om_block *b, struct counts was)
 	g->idle += (uint64_t)now.idle - (uint64_t)was.idle;
 	g->idle_bytes += now.idle_bytes - was.idle_bytes;
 	g->spare_bytes += now.spare_bytes - was.spare_bytes;
+	g->missing_bytes += now.missing_bytes - was.missing_bytes;
 	g->swapped += (uint64_t)now.swapped - (uint64_t)was.swapped;
 	g->doubled += (uint64_t)now.doubled - (uint64_t)was.doubled;
 }
@@ -227,6 +233,7 @@ void om_block_fill_end(struct om_block *b)
 void om_block_lose_name(struct om_block *b)
 {
 	om_block_pin(b, false);
+	b->group->missing_bytes -= om_block_missing_bytes(b);
 	b->named = false;
 	if (b->host == OM_COPY_NONE) {
 		b->gone = true;

@@ -153,6 +153,14 @@ static inline bool om_block_swapped(const struct om_block *b)
 	       (b->disk == OM_COPY_VALID || (b->body->packed && b->body->codec != OM_CODEC_CORE));
 }
 
+/* Bytes of a block with a name that are not in HOST: they would have to come, or to be decoded. */
+static inline uint64_t om_block_missing_bytes(const struct om_block *b)
+{
+	bool here = b->host == OM_COPY_VALID || b->host == OM_COPY_LEAVING;
+
+	return b->named && !b->inner && !here ? b->nbytes : 0;
+}
+
 /* The transitions. Each asserts the state that it starts from. */
 void om_block_fill_begin(struct om_block *b, struct om_extent mem); /* NONE -> FILLING */
 void om_block_fill_end(struct om_block *b);                         /* FILLING -> VALID */

@@ -46,8 +46,10 @@ struct om_group {
 	uint64_t idle_bytes; /* HOST bytes of these */
 	uint64_t spare_bytes; /* of these, those that lie in an origin too */
 	uint64_t doubled;     /* of these, those that are there in a packed form too */
-	uint64_t uses;        /* accesses ever */
-	bool cache;           /* its blocks may be lost */
+	uint64_t
+		missing_bytes; /* of its blocks with a name whose bytes are not in HOST, forms aside */
+	uint64_t uses;         /* accesses ever */
+	bool cache;            /* its blocks may be lost */
 	uint32_t batch; /* of a cache: victims until others get the lock; 0: as many as it takes */
 	uint32_t threshold;     /* of a cache: a name is kept the so-manieth time that it is put */
 	struct om_use use;      /* as a whole */
@@ -64,7 +66,7 @@ struct om_group {
 	uint32_t vacant_count, seat_count;
 	struct om_group_check {
 		uint64_t bytes, packed_bytes, gone_bytes, disk_bytes, foreign_bytes, blocks, leases,
-			pinned, swapped, idle, idle_bytes, spare_bytes, doubled;
+			pinned, swapped, idle, idle_bytes, spare_bytes, doubled, missing_bytes;
 	} check; /* om_store_check only */
 	unsigned
 		streams; /* of these: what they fetch ahead is finished by the thread that uses it */

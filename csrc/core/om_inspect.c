@@ -271,6 +271,7 @@ static void sum_block(const struct om_block *b, struct om_group_check *sum, uint
 	sum->leases += b->leases;
 	sum->pinned += b->pinned;
 	sum->swapped += om_block_swapped(b);
+	sum->missing_bytes += om_block_missing_bytes(b);
 	*sole += om_block_admitted(b) ? bytes : 0;
 }
 
@@ -280,13 +281,13 @@ static int check_group(struct om_group *g)
 		                           g->disk_bytes, g->foreign_bytes, g->blocks,
 		                           g->leases,     g->pinned,        g->swapped,
 		                           g->idle,       g->idle_bytes,    g->spare_bytes,
-		                           g->doubled };
+		                           g->doubled,    g->missing_bytes };
 	static const char *const names[] = {
 		"HOST bytes", "encoded bytes",   "bytes without a name",
 		"DISK bytes", "bytes of others", "blocks",
 		"leases",     "pinned",          "swapped",
 		"idle",       "idle bytes",      "spare bytes",
-		"doubled"
+		"doubled",    "missing bytes"
 	};
 	const uint64_t *counted = (const uint64_t *)&is, *summed = (const uint64_t *)&g->check;
 

@@ -117,6 +117,7 @@ int om_store_group_stats(struct om_store *s, const char *group, struct om_group_
 		.host_peak_bytes = g->peak_bytes,
 		.idle_bytes = g->idle_bytes,
 		.spare_bytes = g->spare_bytes,
+		.missing_bytes = g->missing_bytes,
 		.disk_bytes = g->disk_bytes,
 		.limit_bytes = g->limit_bytes,
 		.packed_bytes = g->packed_bytes,

@@ -163,12 +163,6 @@ def swap_out(store: Store, group: str, names: list[str], timeout: float) -> None
     store.trim()
 
 
-def missing_bytes(store: Store, names: list[str]) -> int:
-    """Bytes of blocks that are not in memory."""
-    infos = (store.info(name) for name in names if name in store)
-    return sum(info.nbytes for info in infos if "host" not in info.tiers)
-
-
 class ManagedMapping:
     """A mapping of names to tensors whose bytes can be moved.
 
@@ -253,7 +247,7 @@ class ManagedMapping:
 
     def missing_bytes(self) -> int:
         """Bytes that would have to come to memory."""
-        return missing_bytes(self._store, sorted(set(self._names())))
+        return self._store.group_stats(self.group).missing_bytes
 
     # -- moving
 

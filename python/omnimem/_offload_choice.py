@@ -28,6 +28,7 @@ __all__ = [
     "plan_restores",
     "presses",
     "restore",
+    "wanted",
 ]
 
 HORIZON = 60.0
@@ -173,7 +174,7 @@ def plan_offloads(
     dict
         By id: "offload" or "none", the one that is worth least first.
     """
-    want, why, latest = _wanted(memory, config, pressed)
+    want, why, latest = wanted(memory, config, pressed)
     decisions: dict[str, OffloadDecision] = {}
     gone: list[str] = []
     for model in sorted(models, key=lambda model: _rank(model, now, config.usage_window)):
@@ -201,7 +202,7 @@ def plan_offloads(
     return decisions
 
 
-def _wanted(memory: Memory, config: OffloadConfig, pressed: bool) -> tuple[int, str, float]:
+def wanted(memory: Memory, config: OffloadConfig, pressed: bool) -> tuple[int, str, float]:
     """Bytes that have to go, why, and by when."""
     begins, ends = config.offload_threshold, config.restore_threshold
     if pressed:

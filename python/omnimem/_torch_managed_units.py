@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from omnimem import _core
-from omnimem._managed import missing_bytes
 from omnimem._torch_parts import UnitParts, bytes_of, shown
 from omnimem._torch_units import Units, unset
 from omnimem.errors import BusyError
@@ -81,7 +80,7 @@ class ManagedUnits(Units):
 
     def missing_bytes(self) -> int:
         """Bytes that would have to come home."""
-        return missing_bytes(self._store, self.all_names())
+        return self._store.group_stats(self.group).missing_bytes
 
     def remove(self, unit: int) -> None:
         """Let a unit's blocks go; safe to repeat."""

@@ -23,6 +23,7 @@ from omnimem._offload_choice import (
     plan_restores,
     presses,
     restore,
+    wanted,
 )
 from omnimem._offload_models import Entry, Models, group_of, memory_of
 from omnimem._storage import open_store
@@ -351,10 +352,15 @@ class AutomaticOffloader:
 
     def _step_at(self, home: str, memory: Memory) -> None:
         """Act on what a sample says of the memory where models are at home."""
-        now = time.monotonic()
         pressed = presses(memory, self.config, self._pressed.get(home, False))
         self._pressed[home] = pressed
         mine = [entry for entry in self._models if entry.movable.home == home]
+        if not wanted(memory, self.config, pressed)[0]:  # none has to go: may one come back?
+            back = memory.usage < self.config.restore_threshold
+            mine = [entry for entry in mine if back and entry.movable.missing_bytes()]
+        if not mine:
+            return
+        now = time.monotonic()
         models = [self._models.describe(entry.model_id, now) for entry in mine]
         for decision in plan_offloads(memory, models, self.config, now, pressed).values():
             entry = self._models.get(decision.model_id)

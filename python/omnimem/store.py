@@ -88,6 +88,8 @@ class GroupStats:
     """Of `host_bytes`, those that may go now."""
     spare_bytes: int
     """Of `idle_bytes`, those of blocks that lie in files: they go for nothing."""
+    missing_bytes: int
+    """Bytes of blocks that are not in memory; those of which only an encoded form is are not."""
     disk_bytes: int
     """Bytes of the swap file that their copies hold."""
     limit_bytes: int
