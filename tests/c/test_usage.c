@@ -164,7 +164,7 @@ static void the_furthest_gives(void)
 	uint64_t now = om_now(), second = OM_NSEC;
 
 	for (int g = 0; g < 3; g++) {
-		char name[8];
+		char name[16];
 
 		for (int i = 0; i < 3; i++) {
 			snprintf(name, sizeof(name), "%s%d", groups[g], i);
