@@ -84,8 +84,8 @@ class ManagedModule(Uncopied):
         self._guards = Guards(self.remedy, self._all_there)
         self._handles: list[Any] = []
         self._ended = False
-        self._begin: Callable[[str], None] = getattr(store, "use_begin", _nothing)
-        self._end: Callable[[str], None] = getattr(store, "use_end", _nothing)
+        self._begin = store.use_begin
+        self._end = store.use_end
         self._storages = [
             (name, StorageWeakRef(param.untyped_storage()), param.nbytes)  # type: ignore[no-untyped-call]
             for name, param in params.items()
@@ -428,10 +428,6 @@ class ManagedModule(Uncopied):
 
 def _is_gone(storage: StorageWeakRef) -> bool:
     return bool(storage.expired())  # type: ignore[no-untyped-call]
-
-
-def _nothing(group: str) -> None:
-    """Stands for what a store does when a group's use begins or ends."""
 
 
 def manage_module(
