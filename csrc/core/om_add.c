@@ -109,7 +109,7 @@ static int adopt_bytes_locked(struct om_store *s, struct om_block *b, struct om_
 	if (!code)
 		code = name_block_locked(s, b);
 	if (!code) {
-		om_pool_trim(&s->pool,
+		om_pool_trim(&s->pool, 0,
 		             UINT64_MAX); /* the limit shrinks: nothing may be cached above it */
 		om_block_adopt(b, &s->pool, foreign);
 		om_meter_peak_locked(s);

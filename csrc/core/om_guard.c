@@ -7,6 +7,7 @@
 #define FRESH_NS (UINT64_C(50) * 1000 * 1000) /* a reading is good for so long */
 #define LEAST_NS (UINT64_C(5) * 1000 * 1000)  /* between two, however much is mapped */
 #define STUCK_NS OM_NSEC
+#define PEAK_NS  (5 * OM_NSEC) /* a peak of others counts for so long, and up to twice as long */
 #define UNIT     (UINT64_C(64) * OM_KIB)
 
 /* The process's. Both halves of a reading in one word, so that nobody sees one of another: bytes in use
@@ -14,9 +15,13 @@
 static struct {
 	uint64_t word; /* 0: there is none */
 	uint64_t at_ns;
-	int64_t fresh;   /* bytes mapped and not filled */
-	int64_t since;   /* bytes filled less bytes unmapped, since the reading */
-	int64_t mapped;  /* bytes mapped since */
+	int64_t fresh;  /* bytes mapped and not filled */
+	int64_t since;  /* bytes filled less bytes unmapped, since the reading */
+	int64_t mapped; /* bytes mapped since */
+	int64_t held;   /* bytes that stores have mapped and filled */
+	uint64_t others,
+		others_before; /* the most that others used in this span of PEAK_NS, and in the last one */
+	uint64_t span, total;
 	uint64_t reader; /* fork generation + 1 of a thread that reads now; 0: none */
 	uint64_t count;
 	const char *root;
@@ -27,6 +32,7 @@ void om_guard_count(int64_t fresh_bytes, int64_t filled_bytes)
 {
 	__atomic_add_fetch(&now.fresh, fresh_bytes, __ATOMIC_RELAXED);
 	__atomic_add_fetch(&now.since, filled_bytes, __ATOMIC_RELAXED);
+	__atomic_add_fetch(&now.held, filled_bytes, __ATOMIC_RELAXED);
 	if (fresh_bytes > 0)
 		__atomic_add_fetch(&now.mapped, fresh_bytes, __ATOMIC_RELAXED);
 }
@@ -41,11 +47,18 @@ void om_guard_fake(const char *root, bool once)
 	now.root = root;
 	now.once = once;
 	__atomic_store_n(&now.at_ns, 0, __ATOMIC_RELAXED);
+	now.span = 0;
 }
 
 uint64_t om_guard_readings(void)
 {
 	return __atomic_load_n(&now.count, __ATOMIC_RELAXED);
+}
+
+int64_t om_guard_held(void)
+{
+	return __atomic_load_n(&now.held, __ATOMIC_RELAXED) +
+	       __atomic_load_n(&now.fresh, __ATOMIC_RELAXED);
 }
 
 struct state {
@@ -61,11 +74,32 @@ static struct state look(void)
 	int64_t used = (int64_t)((word >> 32) * UNIT) +
 	               __atomic_load_n(&now.fresh, __ATOMIC_RELAXED) +
 	               __atomic_load_n(&now.since, __ATOMIC_RELAXED);
+	int64_t peak = om_guard_held() +
+	               (int64_t)OM_MAX(__atomic_load_n(&now.others, __ATOMIC_RELAXED),
+	                               __atomic_load_n(&now.others_before, __ATOMIC_RELAXED));
 
+	used = OM_MAX(used, peak);
 	return (struct state){ .used = (uint64_t)OM_MAX(used, 0),
 		               .total = (word & UINT32_MAX) * UNIT,
 		               .age_ns = at_ns && now.once ? 0 : clock - OM_MIN(at_ns, clock),
 		               .mapped = __atomic_load_n(&now.mapped, __ATOMIC_RELAXED) };
+}
+
+/* The reader's: what others use goes up and down within a request, and what they used at their peak they will want
+ * again. A peak is one of the memory that was tightest then. */
+static void note_others(const struct om_memory *m, int64_t held_bytes)
+{
+	uint64_t used = m->total_bytes - m->available_bytes, span = om_now() / PEAK_NS;
+	uint64_t others = used - OM_MIN(used, (uint64_t)OM_MAX(held_bytes, 0));
+	bool same = m->total_bytes == now.total, again = same && span == now.span;
+
+	if (!again)
+		__atomic_store_n(&now.others_before, same && span == now.span + 1 ? now.others : 0,
+		                 __ATOMIC_RELAXED);
+	__atomic_store_n(&now.others, again ? OM_MAX(now.others, others) : others,
+	                 __ATOMIC_RELAXED);
+	now.span = span;
+	now.total = m->total_bytes;
 }
 
 /* Take a reading, unless another thread does. */
@@ -73,7 +107,7 @@ static void read_anew(void)
 {
 	uint64_t mine = (uint64_t)om_fork_generation() + 1;
 	uint64_t other = __atomic_load_n(&now.reader, __ATOMIC_RELAXED);
-	int64_t since, mapped;
+	int64_t since, mapped, held;
 	struct om_memory m;
 
 	/* One of the process that forked this one is not coming back. */
@@ -82,8 +116,10 @@ static void read_anew(void)
 		return;
 	since = __atomic_load_n(&now.since, __ATOMIC_RELAXED);
 	mapped = __atomic_load_n(&now.mapped, __ATOMIC_RELAXED);
+	held = om_guard_held();
 	if (om_sys_memory(now.root, &m))
 		m = (struct om_memory){ 0 };
+	note_others(&m, held);
 	__atomic_store_n(&now.word,
 	                 ((m.total_bytes - m.available_bytes) / UNIT) << 32 |
 	                         (m.total_bytes / UNIT & UINT32_MAX),
@@ -99,6 +135,11 @@ static uint64_t ceiling_of(const struct om_store *s, uint64_t total)
 {
 	return s->guard.ceiling > 0 ? (uint64_t)(s->guard.ceiling * (double)total)
 	                            : om_guard_most(total);
+}
+
+void om_guard_look(void)
+{
+	read_anew();
 }
 
 /* Bytes above the ceiling once `more` are mapped, by a reading that is new enough. */
@@ -124,22 +165,9 @@ static uint64_t over(const struct om_store *s, uint64_t more)
 
 uint64_t om_guard_short_locked(struct om_store *s, uint64_t bytes)
 {
-	struct om_pool *p = &s->pool;
-	uint64_t more = om_pool_growth(p, bytes), above;
+	uint64_t more = om_pool_growth(&s->pool, bytes);
 
-	if (om_likely(!more))
-		return 0;
-	above = over(s, more);
-	p->tight = above > 0;
-	if (!above)
-		return 0;
-	if (!om_pool_growth(p, bytes)) /* a larger segment, cut to the size, will do */
-		return 0;
-	while (above && p->cached_bytes) {
-		om_pool_trim_to(p, p->cached_bytes - 1);
-		above = over(s, more);
-	}
-	return above;
+	return more ? over(s, more) : 0;
 }
 
 bool om_guard_room_locked(struct om_store *s, uint64_t bytes)

@@ -2,7 +2,8 @@
  * om_guard: before a store takes more memory from the system, is there enough of it? A soft ceiling on the
  * share in use of the tightest memory of the process (plat/om_sys.h), for all stores together.
  *
- * What is in use is the last reading, and what stores have mapped and unmapped since. Memory that was mapped
+ * What is in use is the last reading, and what stores have mapped and unmapped since; for what others use, their peak
+ * of the last seconds counts. Memory that was mapped
  * and is not filled yet is in no reading: it is counted apart (`fresh`). The numbers of the process are
  * atomic; a reading is taken by one thread at a time, under its store's lock, in about 50 us.
  */
@@ -22,11 +23,13 @@ struct om_guard {             /* of a store, under its lock */
 	uint64_t stuck_until; /* a write failed: until then nobody has to make way by one */
 };
 
-/* How many bytes others have to give up before `bytes` more are taken from the pool; 0: none. Memory that
- * no block uses is unmapped first. Costs nothing while the pool maps nothing for them. */
+/* How many bytes others have to give up before `bytes` more are taken from the pool; 0: none. Costs nothing
+ * while the pool does not grow for them. */
 uint64_t om_guard_short_locked(struct om_store *s, uint64_t bytes);
 /* Is there room for `bytes` on a guess? Nothing gives way. */
 bool om_guard_room_locked(struct om_store *s, uint64_t bytes);
+/* Take a reading now: others use more than the guard may have seen. */
+void om_guard_look(void);
 /* Writing out has failed. */
 void om_guard_stuck_locked(struct om_store *s);
 
@@ -46,5 +49,6 @@ void om_guard_count_foreign(int64_t bytes);
 /* For tests: where the system's files are (NULL: "/"), and whether one reading, the next, is to be enough. */
 void om_guard_fake(const char *root, bool once);
 uint64_t om_guard_readings(void); /* taken ever */
+int64_t om_guard_held(void);      /* bytes that stores have mapped */
 
 #endif

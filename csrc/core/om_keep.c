@@ -247,7 +247,7 @@ int om_stream_forget(struct om_stream *st, size_t unit)
 	for (size_t k = 0; k < st->units[unit].streamed_count; k++)
 		if (om_block_has_origin(st->units[unit].blocks[k]))
 			forget_form_locked(st, &st->units[unit], k);
-	om_pool_trim_to(&st->store->pool, st->ring_bytes);
+	om_pool_trim(&st->store->pool, st->ring_bytes, UINT64_MAX);
 	om_store_changed_locked(st->store);
 	return om_store_leave(st->store, 0);
 }
@@ -277,13 +277,20 @@ int om_stream_keep(struct om_stream *st, size_t unit, bool kept, bool *ret_unbin
 
 int om_stream_linger(struct om_stream *st, bool lingers)
 {
+	struct om_group *g = st->group;
 	int code = om_store_enter(st->store);
 
 	if (code)
 		return code;
-	st->group->lingering += (unsigned)lingers - (unsigned)st->lingers;
-	st->group->mixed = st->group->apart =
-		true; /* units that are kept come and go like others */
+	/* Passes are cycles: what was used last is used again last, and goes first. Who runs the model next then finds
+	 * the beginning there, and computes while the rest is read. */
+	if (lingers && g->policy->ops == &om_policy_lru) {
+		code = om_group_set_policy(g, &om_policy_nextuse);
+		if (code)
+			return om_store_leave(st->store, code);
+	}
+	g->lingering += (unsigned)lingers - (unsigned)st->lingers;
+	g->mixed = g->apart = true; /* units that are kept come and go like others */
 	st->lingers = lingers;
 	return om_store_leave(st->store, 0);
 }

@@ -421,7 +421,7 @@ static uint64_t decay_memory_locked(struct om_store *s)
 	}
 	if (oldest + DECAY_NS > om_now())
 		return oldest + DECAY_NS;
-	om_pool_trim_to(p, OM_POOL_WARM);
+	om_pool_trim(p, OM_POOL_WARM, UINT64_MAX);
 	return UINT64_MAX;
 }
 

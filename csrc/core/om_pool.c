@@ -25,18 +25,12 @@ static uint64_t populated_of(const struct om_segment *s)
 	return __atomic_load_n(&s->populated, __ATOMIC_RELAXED);
 }
 
-/* Bytes of a segment are mapped, or no longer. */
-static void count_bytes(const struct om_segment *s, int64_t bytes)
-{
-	om_guard_count(s->fresh ? bytes : 0, s->fresh ? 0 : bytes);
-}
-
 static void segment_filled(struct om_segment *s)
 {
-	if (!s->fresh)
+	if (!s->fresh_bytes)
 		return;
-	s->fresh = false;
-	om_guard_count(-(int64_t)s->bytes, (int64_t)s->bytes);
+	om_guard_count(-(int64_t)s->fresh_bytes, (int64_t)s->fresh_bytes);
+	s->fresh_bytes = 0;
 }
 
 void om_pool_filled(struct om_extent *e)
@@ -55,7 +49,7 @@ void om_segment_unref(struct om_segment *s)
 	if (__atomic_sub_fetch(&s->refs, 1, __ATOMIC_ACQ_REL))
 		return;
 	om_host_unmap(s->base, s->bytes);
-	count_bytes(s, -(int64_t)s->bytes);
+	om_guard_count(-(int64_t)s->fresh_bytes, -(int64_t)(s->bytes - s->fresh_bytes));
 	om_arena_destroy(s->arena);
 	om_free(s);
 }
@@ -102,27 +96,18 @@ static uint64_t cache_drop(struct om_pool *p, struct om_segment *s)
 	return bytes;
 }
 
-uint64_t om_pool_trim(struct om_pool *p, uint64_t freed_before_ns)
+uint64_t om_pool_trim(struct om_pool *p, uint64_t reserve_bytes, uint64_t freed_before_ns)
 {
 	uint64_t bytes = 0;
 
-	OM_LIST_FOREACH_SAFE(link, &p->cached) {
-		if (freed_before_ns != UINT64_MAX && segment_of(link)->freed_ns >= freed_before_ns)
-			break;
-		bytes += cache_drop(p, segment_of(link));
-	}
+	while (p->cached_bytes > reserve_bytes && om_pool_oldest(p) < freed_before_ns)
+		bytes += cache_drop(p, segment_of(p->cached.next));
 	return bytes;
 }
 
 uint64_t om_pool_oldest(const struct om_pool *p)
 {
 	return om_list_empty(&p->cached) ? UINT64_MAX : segment_of(p->cached.next)->freed_ns;
-}
-
-void om_pool_trim_to(struct om_pool *p, uint64_t reserve_bytes)
-{
-	while (p->cached_bytes > reserve_bytes)
-		cache_drop(p, segment_of(p->cached.next));
 }
 
 void om_pool_set_limit(struct om_pool *p, uint64_t limit_bytes)
@@ -134,7 +119,7 @@ void om_pool_set_limit(struct om_pool *p, uint64_t limit_bytes)
 
 void om_pool_fini(struct om_pool *p)
 {
-	om_pool_trim(p, UINT64_MAX);
+	om_pool_trim(p, 0, UINT64_MAX);
 	OM_LIST_FOREACH_SAFE(link, &p->shared)
 		segment_drop(p, segment_of(link));
 	OM_LIST_FOREACH_SAFE(link, &p->dedicated)
@@ -155,10 +140,133 @@ static struct om_segment *cache_find(const struct om_pool *p, uint64_t least, ui
 	return best;
 }
 
-/* A new segment on no list, counted as mapped. */
-static int segment_map(struct om_pool *p, uint64_t bytes, struct om_segment **ret)
+/* The end of a segment that nobody uses is not its own any more. */
+static void segment_shrink(struct om_pool *p, struct om_segment *s, uint64_t bytes)
+{
+	p->mapped_bytes -= s->bytes - bytes;
+	s->bytes = bytes;
+	if (populated_of(s) > bytes)
+		__atomic_store_n(&s->populated, bytes, __ATOMIC_RELAXED);
+	om_arena_destroy(s->arena); /* of the old size, and empty */
+	s->arena = NULL;
+}
+
+/* Unmap the end of a segment. What is fresh of it is taken to be there. */
+static void segment_cut(struct om_pool *p, struct om_segment *s, uint64_t bytes)
+{
+	uint64_t fresh = s->fresh_bytes - OM_MIN(s->fresh_bytes, bytes);
+
+	om_host_unmap((char *)s->base + bytes, s->bytes - bytes);
+	om_guard_count(-(int64_t)fresh, -(int64_t)(s->bytes - bytes - fresh));
+	s->fresh_bytes -= fresh;
+	segment_shrink(p, s, bytes);
+}
+
+static void cache_cut(struct om_pool *p, struct om_segment *s, uint64_t bytes)
+{
+	p->cached_bytes -= s->bytes - bytes;
+	segment_cut(p, s, bytes);
+}
+
+/* Unmap cached bytes, first those at the ends, of which no segment can be built. */
+static void cache_shave(struct om_pool *p, uint64_t bytes)
+{
+	for (int whole = 0; whole < 2; whole++) {
+		OM_LIST_FOREACH_SAFE(link, &p->cached) {
+			struct om_segment *s = segment_of(link);
+			uint64_t part = OM_MIN(bytes, whole ? s->bytes : s->bytes % OM_HUGE);
+
+			if (!bytes)
+				return;
+			bytes -= part;
+			if (part == s->bytes)
+				cache_drop(p, s);
+			else if (part)
+				cache_cut(p, s, s->bytes - part);
+		}
+	}
+}
+
+/* ---- segments built of cached ones ----
+ *
+ * Pages move from one address to another with what they hold: nobody has to clear them again. The kernel moves
+ * what lies in one mapping, so every whole OM_HUGE of a segment, counted from its base, and what is left at its end
+ * are in one mapping each, and only such pieces move. */
+
+static uint64_t last_piece(const struct om_segment *s)
+{
+	return s->bytes % OM_HUGE ? s->bytes % OM_HUGE : OM_HUGE;
+}
+
+/* The cached segment with the smallest last piece of at least `bytes`; NULL: none. */
+static struct om_segment *cache_find_end(const struct om_pool *p, uint64_t bytes)
+{
+	struct om_segment *best = NULL;
+
+	OM_LIST_FOREACH(link, &p->cached) {
+		struct om_segment *s = segment_of(link);
+
+		if (last_piece(s) >= bytes && (!best || last_piece(s) < last_piece(best)))
+			best = s;
+	}
+	return best;
+}
+
+/* Move a piece of a cached segment, from its front or from its end, to offset `at` of another. */
+static int piece_move(struct om_pool *p, struct om_segment *from, bool front, uint64_t bytes,
+                      struct om_segment *to, uint64_t at)
+{
+	char *source = (char *)from->base + (front ? 0 : from->bytes - bytes);
+	uint64_t there = populated_of(from);
+	int code = om_host_move((char *)to->base + at, source, bytes);
+
+	if (code)
+		return code;
+	if (to->populated == at && (uint64_t)(source - (char *)from->base) + bytes <= there)
+		to->populated += bytes;
+	to->fresh_bytes -= bytes;
+	p->cached_bytes -= bytes;
+	if (front) {
+		from->base = source + bytes;
+		from->populated = there > bytes ? there - bytes : 0;
+	}
+	segment_shrink(p, from, from->bytes - bytes);
+	if (!from->bytes) {
+		om_list_del(&from->link);
+		om_free(from);
+	}
+	return 0;
+}
+
+/* Fill a segment that is mapped and not counted with cached pieces, longest idle first. An error leaves
+ * it with a hole at *at. */
+static int segment_gather(struct om_pool *p, struct om_segment *s, uint64_t *at)
+{
+	struct om_segment *end;
+	int code = 0;
+
+	OM_LIST_FOREACH_SAFE(link, &p->cached) {
+		uint64_t pieces = OM_MIN(segment_of(link)->bytes, s->bytes - *at) / OM_HUGE;
+
+		for (; !code && pieces; pieces--) {
+			code = piece_move(p, segment_of(link), true, OM_HUGE, s, *at);
+			*at += code ? 0 : OM_HUGE;
+		}
+		if (code)
+			return code;
+	}
+	if (*at == s->bytes || s->bytes - *at >= OM_HUGE)
+		return 0;
+	end = cache_find_end(p, s->bytes - *at);
+	return end ? piece_move(p, end, false, s->bytes - *at, s, *at) : 0;
+}
+
+/* A new segment on no list, counted as mapped: of cached pieces, as far as there are any; cached bytes that
+ * are none make way for the rest. The segment is within the limit, with nothing else cached. */
+static int segment_build(struct om_pool *p, uint64_t bytes, struct om_segment **ret)
 {
 	struct om_segment *s = om_alloc(1, sizeof(*s));
+	uint64_t at = 0;
 	int code;
 
 	if (!s)
@@ -169,26 +277,22 @@ static int segment_map(struct om_pool *p, uint64_t bytes, struct om_segment **re
 		return code;
 	}
 	om_list_init(&s->link);
-	s->bytes = bytes;
+	s->bytes = s->fresh_bytes = bytes;
 	s->refs = 1;
-	s->fresh = true;
-	count_bytes(s, (int64_t)bytes);
+	code = segment_gather(p, s, &at);
+	if (code) { /* what is in the hole is not ours */
+		om_host_unmap(s->base, at);
+		om_host_unmap((char *)s->base + at + OM_MIN(OM_HUGE, bytes - at),
+		              bytes - at - OM_MIN(OM_HUGE, bytes - at));
+		om_guard_count(0, -(int64_t)(bytes - s->fresh_bytes));
+		om_free(s);
+		return code;
+	}
+	om_guard_count((int64_t)s->fresh_bytes, 0);
 	p->mapped_bytes += bytes;
+	cache_shave(p, s->fresh_bytes);
 	*ret = s;
 	return 0;
-}
-
-/* Unmap the end of a segment that is on no list. */
-static void segment_cut(struct om_pool *p, struct om_segment *s, uint64_t bytes)
-{
-	om_host_unmap((char *)s->base + bytes, s->bytes - bytes);
-	p->mapped_bytes -= s->bytes - bytes;
-	count_bytes(s, -(int64_t)(s->bytes - bytes));
-	s->bytes = bytes;
-	if (populated_of(s) > bytes)
-		__atomic_store_n(&s->populated, bytes, __ATOMIC_RELAXED);
-	om_arena_destroy(s->arena); /* of the old size, and empty */
-	s->arena = NULL;
 }
 
 uint64_t om_pool_room(const struct om_pool *p)
@@ -203,42 +307,26 @@ static bool limit_fits(const struct om_pool *p, uint64_t bytes)
 	return bytes <= om_pool_room(p);
 }
 
-/* As limit_fits, without touching the cache. */
-static bool map_fits(const struct om_pool *p, uint64_t bytes)
-{
-	return p->mapped_bytes <= p->limit_bytes && bytes <= p->limit_bytes - p->mapped_bytes;
-}
-
-/* A segment of `bytes` to `most` bytes on no list. limit_fits holds: a new mapping is tried at the
- * latest when the cache is empty. */
+/* A segment of `bytes` to `most` bytes on no list. limit_fits holds. */
 static int segment_get(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_segment **ret)
 {
-	struct om_segment *s = cache_find(p, bytes, most), *larger;
-	int code = 0;
+	struct om_segment *s = cache_find(p, bytes, most);
+	int code;
 
 	if (s) {
 		*ret = cache_take(p, s);
 		return 0;
 	}
-	larger = cache_find(p, bytes, UINT64_MAX);
-	if (map_fits(p, bytes) && !(p->tight && larger)) {
-		code = segment_map(p, bytes, ret);
-		if (!code)
+	code = segment_build(p, bytes, ret);
+	while (code && !om_list_empty(&p->cached)) { /* the system refuses: give back, or cut */
+		s = cache_find(p, bytes, UINT64_MAX);
+		if (s) {
+			*ret = cache_take(p, s);
+			segment_cut(p, s, bytes);
 			return 0;
-	}
-	s = larger;
-	if (s) {
-		*ret = cache_take(p, s);
-		segment_cut(p, s, bytes);
-		return 0;
-	}
-	while (!om_list_empty(&p->cached)) {
+		}
 		cache_drop(p, segment_of(p->cached.next));
-		if (!map_fits(p, bytes))
-			continue;
-		code = segment_map(p, bytes, ret);
-		if (!code)
-			return 0;
+		code = segment_build(p, bytes, ret);
 	}
 	return code;
 }
@@ -425,13 +513,13 @@ bool om_pool_fits(const struct om_pool *p, uint64_t bytes)
 
 uint64_t om_pool_growth(const struct om_pool *p, uint64_t bytes)
 {
-	uint64_t size = om_up(bytes, OM_PAGE), most = size + size / 4;
+	uint64_t size = om_up(bytes, OM_PAGE);
 
 	if (!size || (size <= OM_POOL_SMALL && has_hole(p, size)))
 		return 0;
 	if (size <= OM_POOL_SMALL && limit_fits(p, OM_POOL_SHARED))
-		size = most = OM_POOL_SHARED;
-	return cache_find(p, size, p->tight ? UINT64_MAX : most) ? 0 : size;
+		size = OM_POOL_SHARED;
+	return size - OM_MIN(size, p->cached_bytes);
 }
 
 /* ---- check ---- */
@@ -446,6 +534,8 @@ static int check_segment(const struct om_pool *p, const struct om_list *list,
 {
 	if (!__atomic_load_n(&s->refs, __ATOMIC_RELAXED) || !s->base || populated_of(s) > s->bytes)
 		return broken("populated", populated_of(s), s->bytes);
+	if (s->fresh_bytes > s->bytes || (s->bytes >= OM_HUGE && (uintptr_t)s->base % OM_HUGE))
+		return broken("a segment's place", (uintptr_t)s->base, 0);
 	if (list == &p->cached)
 		return s->used ? broken("use of a cached segment", s->used, 0) : 0;
 	if (list == &p->dedicated) {

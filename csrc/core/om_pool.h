@@ -27,7 +27,8 @@ struct om_segment {
 	uint64_t bytes;     /* mapped */
 	uint64_t populated; /* atomic: pages of [0, populated) are faulted in */
 	bool populating;    /* the mover's: a job that faults in the rest is queued */
-	bool fresh; /* nobody has filled any of it yet: it may be in no reading of om_guard */
+	uint64_t
+		fresh_bytes; /* mapped anew and not filled yet: they may be in no reading of om_guard */
 	struct om_arena *arena; /* shared segments; NULL when dedicated */
 	uint64_t used;          /* bytes of extents handed out */
 	uint64_t freed_ns;      /* cached: since when */
@@ -45,7 +46,6 @@ struct om_pool {
 	uint64_t used_bytes;   /* sum of extents handed out */
 	uint64_t mapped_bytes; /* sum of segments, cached ones included */
 	uint64_t cached_bytes; /* of these, the cached ones */
-	bool tight; /* memory is short: a larger cached segment is cut before a new one is mapped */
 	struct om_list shared, dedicated,
 		cached; /* shared: full ones last; cached: longest idle first */
 };
@@ -60,11 +60,10 @@ void om_pool_fini(struct om_pool *p);
  * new shared segment; where the limit has no room for that, and for a large request, a segment of its own.
  * With `most` > 0 it is always a segment of its own, which may be that large (so a ring of unequal
  * units keeps its segments whole).
- * A segment comes from, in this order: the smallest cached one of at most 1.25x the size (`most` > 0: of at most `most`)
- * (a shared segment: of exactly its size), taken whole; a new mapping while mapped + size <= limit; the
- * smallest cached one that is larger, cut to the size (its tail is unmapped, or the rest of the
- * limit would be locked up behind a small extent); a new mapping after unmapping cached segments,
- * longest idle first, until it fits. Memory that comes from the cache keeps its populated pages.
+ * A segment comes from, in this order: the smallest cached one of at most 1.25x the size (`most` > 0: of at most
+ * `most`) (a shared segment: of exactly its size), taken whole; one that is built of pieces of cached ones, longest
+ * idle first, and of new pages where they do not suffice. Memory that comes from the cache keeps its populated
+ * pages, wherever it moves. Nothing is mapped beside what is cached: cached bytes that cannot be used go.
  * OM_ELIMIT (with details) when mapped - cached + size > limit; -ENOMEM when the system refuses
  * and nothing cached is left to give back; OM_EVALUE for 0 bytes. */
 int om_pool_alloc(struct om_pool *p, uint64_t bytes, uint64_t most, struct om_extent *ret);
@@ -79,15 +78,13 @@ void om_pool_cut(struct om_pool *p, struct om_extent *e, uint64_t bytes);
 uint64_t om_pool_room(const struct om_pool *p);
 /* Could om_pool_alloc succeed now, as far as the limit goes? */
 bool om_pool_fits(const struct om_pool *p, uint64_t bytes);
-/* Bytes that om_pool_alloc would map for a request of `bytes`. */
+/* Bytes by which a request of `bytes` would have what is mapped grow. */
 uint64_t om_pool_growth(const struct om_pool *p, uint64_t bytes);
 /* The extent's bytes are there. */
 void om_pool_filled(struct om_extent *e);
-/* Unmap cached segments that have been idle since before `freed_before_ns` (UINT64_MAX: all).
- * Returns the bytes given back. */
-uint64_t om_pool_trim(struct om_pool *p, uint64_t freed_before_ns);
-/* Unmap cached segments, longest idle first, until at most `reserve_bytes` of them are left. */
-void om_pool_trim_to(struct om_pool *p, uint64_t reserve_bytes);
+/* Unmap cached segments, longest idle first, until at most `reserve_bytes` of them are left, or only such as were
+ * freed at `freed_before_ns` (UINT64_MAX: never) or later. Returns the bytes given back. */
+uint64_t om_pool_trim(struct om_pool *p, uint64_t reserve_bytes, uint64_t freed_before_ns);
 /* Since when the cached segment that is idle longest is; UINT64_MAX: there is none. */
 uint64_t om_pool_oldest(const struct om_pool *p);
 int om_pool_check(const struct om_pool *p); /* OM_ECORRUPT with the first broken sum */

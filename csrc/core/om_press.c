@@ -6,6 +6,8 @@
 
 #include "core/om_sweep.h"
 
+#define RECENT_NS OM_NSEC
+
 /* Memory that no block uses now and that a ring takes again with its next unit: planned, and worth more than
  * the pages that it would save for a moment. */
 static uint64_t ring_bytes(const struct om_store *s)
@@ -42,6 +44,13 @@ uint64_t om_press_spare(struct om_store *s)
 	return bytes;
 }
 
+/* What goes is what nobody has used since then. Where memory is not very short, what has only just been given up is
+ * most likely taken again at once, by a model in place of another. */
+static uint64_t idle_before(enum om_level level)
+{
+	return level >= OM_HIGH ? UINT64_MAX : om_now() - RECENT_NS;
+}
+
 struct om_press {
 	struct om_sweep sweep;
 };
@@ -49,7 +58,7 @@ struct om_press {
 static int begin(struct om_sweep *w, struct om_store *s, enum om_level level, double ceiling,
                  uint64_t bytes)
 {
-	uint64_t mapped;
+	uint64_t cached;
 	int code;
 
 	*w = (struct om_sweep){ .store = s, .want = bytes };
@@ -64,10 +73,13 @@ static int begin(struct om_sweep *w, struct om_store *s, enum om_level level, do
 	s->guard.level = level;
 	s->guard.ceiling = ceiling;
 	w->reserve = level == OM_CRITICAL ? 0 : ring_bytes(s);
-	mapped = s->pool.mapped_bytes;
 	if (level >= OM_MEDIUM)
-		om_pool_trim_to(&s->pool, w->reserve);
-	w->done.trimmed_bytes = mapped - s->pool.mapped_bytes;
+		w->done.trimmed_bytes = om_pool_trim(&s->pool, w->reserve, idle_before(level));
+	cached = s->pool.cached_bytes;
+	bytes = om_pool_trim(&s->pool, OM_MAX(w->reserve, cached - OM_MIN(cached, bytes)),
+	                     UINT64_MAX);
+	w->want -= OM_MIN(w->want, bytes);
+	w->done.trimmed_bytes += bytes;
 	w->done.left_bytes = idle_bytes(s);
 	return om_store_leave(s, 0);
 }

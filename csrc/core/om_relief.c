@@ -176,6 +176,8 @@ static void press(struct om_monitor *m)
 	uint64_t now = m->next.sample.at_ns, *left;
 	struct om_pressed trimmed = { 0 }, evicted = { 0 };
 
+	if (want)
+		om_guard_look();
 	if (!want && m->pressed && now - m->press_ns < m->config.interval_ns)
 		return; /* what is free for a moment is taken again: no need to look so often */
 	left = om_alloc(m->watched_count, sizeof(*left));

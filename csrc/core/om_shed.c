@@ -146,7 +146,7 @@ void om_shed_trim_locked(struct om_store *s, const struct om_group *g, uint64_t 
 		if (other != g && (other->used_bytes || other->streams))
 			return; /* the store's limit holds for all of them */
 	}
-	om_pool_trim_to(&s->pool, g->limit_bytes - OM_MIN(g->limit_bytes, used));
+	om_pool_trim(&s->pool, g->limit_bytes - OM_MIN(g->limit_bytes, used), UINT64_MAX);
 }
 
 int om_store_shed(struct om_store *s, const char *group, uint64_t bytes, uint32_t most,
@@ -171,7 +171,7 @@ int om_store_shed(struct om_store *s, const char *group, uint64_t bytes, uint32_
 	}
 	om_reason_leave(former);
 	ret->bytes = before - g->used_bytes;
-	om_pool_trim_to(&s->pool, OM_POOL_WARM);
+	om_pool_trim(&s->pool, OM_POOL_WARM, UINT64_MAX);
 	om_store_changed_locked(s);
 	return om_store_leave(s, code == OM_EAGAIN ? 0 : code);
 }

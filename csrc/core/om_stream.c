@@ -18,7 +18,8 @@
 #include "core/om_stream_int.h"
 
 #define AHEAD_OF_OTHERS \
-	4 /* units, the bytes of which are worth more than what others may use again */
+	4              /* units, the bytes of which are worth more than what others may use again */
+#define AHEAD_ANYHOW 2 /* units that are read though memory is short and nobody has any to give */
 
 static void unit_fini(struct om_unit *u)
 {
@@ -189,8 +190,13 @@ static bool room_now(const struct om_stream *st, uint64_t bytes)
 	       om_pool_fits(&st->store->pool, bytes);
 }
 
+static bool is_short_locked(struct om_stream *st, uint64_t bytes)
+{
+	return om_guard_short_locked(st->store, bytes) > 0;
+}
+
 /* Make room for the last of the units foretold: what is of no use in the ring goes, then, for the first few,
- * what others can read again. Did anything go? */
+ * what others can read again. Did anything go? Memory that is short is room enough for the very next ones. */
 static bool make_way_locked(struct om_stream *st, size_t foretold)
 {
 	if (!st->lingers && drop_strays_locked(st, foretold))
@@ -219,9 +225,12 @@ static void fetch_ahead_locked(struct om_stream *st, bool between)
 			kept = om_fetch_missing_bytes(u->blocks, u->streamed_count, false) - bytes;
 		if (!bytes)
 			continue;
-		while (!room_now(st, bytes + kept))
-			if (!make_way_locked(st, foretold))
+		while (!room_now(st, bytes + kept) || is_short_locked(st, bytes + kept))
+			if (!make_way_locked(st, foretold)) {
+				if (foretold <= AHEAD_ANYHOW && room_now(st, bytes + kept))
+					break;
 				return;
+			}
 		if (om_fetch_start_locked(st->store, u->blocks, u->streamed_count, OM_PREFETCH))
 			return; /* it will be fetched when it is needed */
 	}

@@ -65,7 +65,7 @@ int om_store_trim(struct om_store *s, uint64_t reserve_bytes)
 
 	if (code)
 		return code;
-	om_pool_trim_to(&s->pool, reserve_bytes);
+	om_pool_trim(&s->pool, reserve_bytes, UINT64_MAX);
 	om_spill_shrink_locked(s);
 	code = om_store_leave(s, 0);
 	om_sys_heap_trim();

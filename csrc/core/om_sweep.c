@@ -31,8 +31,8 @@ static void trim_locked(struct om_sweep *w)
 {
 	uint64_t out = w->group ? OM_MAX(om_sweep_bytes(w), w->group->disk_bytes) : 0;
 
-	om_pool_trim_to(&w->store->pool,
-	                OM_MAX(w->reserve, OM_MIN(OM_POOL_WARM, out / WARM_SHARE)));
+	om_pool_trim(&w->store->pool, OM_MAX(w->reserve, OM_MIN(OM_POOL_WARM, out / WARM_SHARE)),
+	             UINT64_MAX);
 }
 
 /* What keeps memory from going is for the group's statistics: nothing is lost, and what did go counts. */

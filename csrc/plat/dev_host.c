@@ -149,9 +149,23 @@ bool om_host_discard_locked(void *p, uint64_t bytes)
 	return !bytes || !madvise(p, bytes, MADV_DONTNEED_LOCKED);
 }
 
+int om_host_move(void *to, void *from, uint64_t bytes)
+{
+	int error = ENOMEM;
+
+	if (!om_fault(OM_FAULT_MAP)) {
+		if (mremap(from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to)
+			return 0;
+		error = errno;
+	} else
+		munmap(to, bytes);
+	return om_err(-ENOMEM, "cannot move %" PRIu64 " bytes of host memory: %s", bytes,
+	              om_err_text(-error));
+}
+
 void om_host_unmap(void *p, uint64_t bytes)
 {
-	if (p)
+	if (p && bytes)
 		munmap(p, bytes);
 }
 

@@ -13,6 +13,9 @@
 /* Map `bytes` (a multiple of OM_PAGE, > 0). -ENOMEM on failure. */
 int om_host_map(uint64_t bytes, void **ret);
 void om_host_unmap(void *p, uint64_t bytes);
+/* Move the pages of a run (or of a part of one that is in one mapping) to where another one's are, which go: what is
+ * at `from` is then at `to`, and nothing is at `from`. -ENOMEM: nothing is at `to`, `from` is as it was. */
+int om_host_move(void *to, void *from, uint64_t bytes);
 /* Fault pages in (MADV_POPULATE_WRITE, else one write a page that keeps its content). Page
  * multiples. -ENOMEM when the system or cgroup has none left. */
 int om_host_populate(void *p, uint64_t bytes);

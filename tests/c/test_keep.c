@@ -251,6 +251,35 @@ static void what_goes_lingers(void)
 	close_model(&m);
 }
 
+static bool in_host(struct model *m, size_t u)
+{
+	struct om_info info;
+
+	CHECK_EQ(om_store_info(m->store, m->names[u][0], &info), 0);
+	return info.tiers & OM_TIER_HOST;
+}
+
+/* A pass begins at the beginning: that goes last, also of what others have passed over. */
+static void the_beginning_stays(void)
+{
+	struct om_pressed p;
+	struct model m;
+
+	open_model(&m, 64 << 20);
+	CHECK_EQ(om_stream_linger(m.stream, true), 0);
+	for (int pass = 0; pass < 3; pass++) {
+		for (size_t u = 0; u < UNITS; u++)
+			visit(&m, u);
+		CHECK_EQ(om_store_press(m.store, OM_LOW, 0, UNITS / 2 * BLOCKS * HELD, SOON, &p),
+		         0);
+		CHECK_EQ(om_store_press(m.store, OM_LOW, 0, 0, SOON, &p), 0);
+		for (size_t u = 0; u < UNITS; u++)
+			CHECK_EQ(in_host(&m, u), u < UNITS / 2);
+		check(&m);
+	}
+	close_model(&m);
+}
+
 static void what_passes_leaves(void)
 {
 	uint64_t limit = 3 * BLOCKS * HELD, until = SOON;
@@ -491,6 +520,7 @@ int main(void)
 	the_stream_is_a_user();
 	a_kept_unit_that_could_not_be_bound();
 	what_goes_lingers();
+	the_beginning_stays();
 	what_passes_leaves();
 	what_is_written_to_windows_stays();
 	more_than_memory();

@@ -1,4 +1,5 @@
 /* Tests of core/om_pool.c: the limit, the order of reuse, faults, and segments that outlive it. */
+#include "core/om_guard.h"
 #include "core/om_pool.h"
 
 #include <errno.h>
@@ -146,6 +147,18 @@ static void test_shared(void)
 	om_pool_fini(&p); /* live, but no one else holds them: gone (the sanitizer looks) */
 }
 
+static void stamp(const struct om_extent *e, uint32_t first)
+{
+	for (uint64_t i = 0; i < e->bytes; i += OM_PAGE)
+		*(uint32_t *)((char *)e->ptr + i) = first++;
+}
+
+/* The stamp of the page at an offset. */
+static uint32_t stamp_at(const struct om_extent *e, uint64_t offset)
+{
+	return *(uint32_t *)((char *)e->ptr + offset);
+}
+
 /* The order of reuse that the header promises for large requests, and the populated mark. */
 static void test_reuse(void)
 {
@@ -156,6 +169,7 @@ static void test_reuse(void)
 	om_pool_init(&p, 40 * MIB);
 	a = take(&p, 12 * MIB);
 	b = take(&p, 11 * MIB);
+	stamp(&a, 1);
 	base_a = a.ptr;
 	base_b = b.ptr;
 	a.segment->populated = 12 * MIB;
@@ -168,48 +182,85 @@ static void test_reuse(void)
 	CHECK(c.ptr == base_b);
 	CHECK_EQ(c.bytes, 11 * MIB);
 	CHECK_EQ(c.segment->populated, 5 * MIB);
-	/* 12 MiB is above 1.25 x 9 MiB: a new mapping, since the limit allows it. */
+	/* 12 MiB is above 1.25 x 9 MiB: its pages move, 8 MiB from its front and one from its end. */
+	CHECK_EQ(om_pool_growth(&p, 9 * MIB), 0);
 	d = take(&p, 9 * MIB);
-	CHECK(d.ptr != base_a);
-	CHECK_EQ(d.segment->populated, 0);
-	CHECK_EQ(p.mapped_bytes, 32 * MIB);
-	/* No room to map 8.5 MiB: the cached 12 MiB, cut to the size. */
-	b = take(&p, 8 * MIB + OM_MIB / 2);
-	CHECK(b.ptr == base_a);
-	CHECK_EQ(b.bytes, 8 * MIB + MIB / 2);
-	CHECK_EQ(b.segment->populated, b.bytes);
-	CHECK_EQ(p.mapped_bytes, 28 * MIB + MIB / 2);
-	CHECK(!unmapped((char *)b.ptr + b.bytes - OM_PAGE));
-	CHECK(unmapped((char *)b.ptr + b.bytes));
-	/* Nothing cached is large enough: cached ones go, longest idle first, until it fits. */
-	give(&p, &d);           /* 9 */
-	give(&p, &b);           /* 8.5 */
-	give(&p, &c);           /* 11 */
-	a = take(&p, 12 * MIB); /* 28.5 + 12 is above 40: the 9 goes */
-	CHECK_EQ(p.cached_bytes, 19 * MIB + MIB / 2);
-	CHECK_EQ(p.mapped_bytes, 31 * MIB + MIB / 2);
-	/* The smallest of those that are large enough is cut. */
-	d = take(&p, 8 * MIB);
-	CHECK(d.ptr == base_a);
-	CHECK_EQ(d.bytes, 8 * MIB + MIB / 2); /* within 1.25x: whole */
-	give(&p, &d);
-	b = take(&p, 5 * MIB); /* room: mapped anew */
-	d = take(&p, 6 * MIB); /* none: 8.5, not 11, is cut */
-	CHECK(d.ptr == base_a);
-	CHECK_EQ(d.bytes, 6 * MIB);
-	CHECK_EQ(p.cached_bytes, 11 * MIB);
-	/* A small request may cut a cached segment to a shared one. */
-	om_pool_set_limit(&p, 34 * MIB);
-	c = take(&p, 4096);
-	CHECK(c.segment->arena && c.segment->base == base_b);
-	CHECK_EQ(c.segment->populated, 2 * MIB);
+	CHECK_EQ(d.bytes, 9 * MIB);
+	CHECK_EQ(d.segment->populated, 9 * MIB);
+	CHECK_EQ(d.segment->fresh_bytes, 0);
+	CHECK_EQ(stamp_at(&d, 0), 1);
+	CHECK_EQ(stamp_at(&d, 8 * MIB - OM_PAGE), 8 * MIB / OM_PAGE);
+	CHECK_EQ(stamp_at(&d, 8 * MIB), 11 * MIB / OM_PAGE + 1);
+	CHECK_EQ(stamp_at(&d, 9 * MIB - OM_PAGE), 12 * MIB / OM_PAGE);
+	CHECK(unmapped(base_a) && unmapped((char *)base_a + 11 * MIB));
+	CHECK(!unmapped((char *)base_a + 8 * MIB));
+	CHECK_EQ(p.mapped_bytes, 23 * MIB);
+	CHECK_EQ(p.cached_bytes, 3 * MIB);
+	/* What is cached does not suffice: new pages, and none are cached beside them. */
+	CHECK_EQ(om_pool_growth(&p, 6 * MIB), 3 * MIB);
+	a = take(&p, 6 * MIB);
+	CHECK_EQ(a.bytes, 6 * MIB);
+	CHECK_EQ(a.segment->populated, 2 * MIB);
+	CHECK_EQ(a.segment->fresh_bytes, 4 * MIB);
+	CHECK_EQ(stamp_at(&a, 0), 8 * MIB / OM_PAGE + 1);
+	CHECK_EQ(p.mapped_bytes, 26 * MIB);
 	CHECK_EQ(p.cached_bytes, 0);
-	CHECK_EQ(p.mapped_bytes, 25 * MIB);
+	/* The ends go first, of which nothing can be built, then what was idle longest. */
+	give(&p, &d); /* 9: four pieces of 2 MiB, and one */
+	give(&p, &c); /* 11 */
+	b = take(&p, 14 * MIB + MIB / 2);
+	CHECK_EQ(b.segment->populated, 12 * MIB); /* all of the 9, and 5 of the 11 */
+	CHECK_EQ(b.segment->fresh_bytes, 0);      /* of an end there is half a MiB */
+	CHECK_EQ(p.mapped_bytes, 26 * MIB);
+	CHECK_EQ(p.cached_bytes, 5 * MIB + MIB / 2);
+	c = take(&p, 4096); /* a shared segment is a piece */
+	CHECK_EQ(c.segment->populated, 0);
+	CHECK_EQ(c.segment->fresh_bytes, 0);
+	CHECK_EQ(p.mapped_bytes, 26 * MIB);
+	CHECK_EQ(p.cached_bytes, 3 * MIB + MIB / 2);
 	give(&p, &a);
 	give(&p, &b);
 	give(&p, &c);
-	give(&p, &d);
 	om_pool_fini(&p);
+	CHECK_EQ(om_guard_held(), 0);
+}
+
+/* Segments that are built of others again and again, of all sizes: every page is where it should be, once, and none is
+ * cleared that need not be. */
+static void test_build(unsigned long long seed)
+{
+	enum { WAYS = 6 };
+	struct om_extent e[WAYS];
+	struct om_pool p;
+	uint32_t next = 1;
+
+	memset(e, 0, sizeof(e));
+	om_pool_init(&p, 64 * MIB);
+	for (int i = 0; i < 400; i++) {
+		unsigned k = om_test_random(&seed) % WAYS;
+		uint64_t bytes = OM_POOL_SMALL + (1 + om_test_random(&seed) % 3000) * OM_PAGE;
+		uint64_t moved = 0, mapped = p.mapped_bytes + om_pool_growth(&p, bytes);
+
+		if (e[k].segment) {
+			CHECK_EQ(stamp_at(&e[k], 0), stamp_at(&e[k], e[k].bytes - OM_PAGE) + 1 -
+			                                     (uint32_t)(e[k].bytes / OM_PAGE));
+			give(&p, &e[k]);
+			continue;
+		}
+		e[k] = take(&p, bytes);
+		CHECK_EQ(p.mapped_bytes, mapped);
+		for (uint64_t at = 0; at < e[k].bytes; at += OM_PAGE)
+			moved += stamp_at(&e[k], at) != 0;
+		CHECK_EQ(moved * OM_PAGE, e[k].bytes - e[k].segment->fresh_bytes);
+		CHECK_EQ(om_guard_held(), (int64_t)p.mapped_bytes);
+		stamp(&e[k], next);
+		om_pool_filled(&e[k]);
+		next += (uint32_t)(e[k].bytes / OM_PAGE);
+	}
+	for (int k = 0; k < WAYS; k++)
+		om_pool_free(&p, &e[k]);
+	om_pool_fini(&p);
+	CHECK_EQ(om_guard_held(), 0);
 }
 
 static void test_trim(void)
@@ -226,11 +277,11 @@ static void test_trim(void)
 	while (om_now() <= middle)
 		;
 	give(&p, &b);
-	CHECK_EQ(om_pool_trim(&p, 0), 0);
-	CHECK_EQ(om_pool_trim(&p, middle + 1), 4 * MIB);
-	CHECK_EQ(om_pool_trim(&p, middle + 1), 0);
+	CHECK_EQ(om_pool_trim(&p, 0, 0), 0);
+	CHECK_EQ(om_pool_trim(&p, 0, middle + 1), 4 * MIB);
+	CHECK_EQ(om_pool_trim(&p, 0, middle + 1), 0);
 	CHECK_EQ(om_pool_check(&p), 0);
-	CHECK_EQ(om_pool_trim(&p, UINT64_MAX), 8 * MIB);
+	CHECK_EQ(om_pool_trim(&p, 0, UINT64_MAX), 8 * MIB);
 	CHECK_EQ(p.mapped_bytes, 0);
 	CHECK_EQ(om_pool_check(&p), 0);
 	om_pool_fini(&p);
@@ -304,7 +355,7 @@ static void test_random(unsigned long long seed)
 		if (dice == 99) {
 			om_pool_set_limit(&p, (16 + om_test_random(&seed) % 48) * MIB);
 		} else if (dice == 98) {
-			om_pool_trim(&p, UINT64_MAX);
+			om_pool_trim(&p, 0, UINT64_MAX);
 			CHECK_EQ(p.cached_bytes, 0);
 		} else if (e[k].segment) {
 			CHECK_EQ(*(uint32_t *)e[k].ptr, k + 1);
@@ -454,6 +505,8 @@ int main(void)
 	test_limit();
 	test_shared();
 	test_reuse();
+	for (unsigned long long seed = 1; seed <= 4; seed++)
+		test_build(seed * 7919);
 	test_trim();
 	test_outlive();
 	for (unsigned long long seed = 1; seed <= 6; seed++)

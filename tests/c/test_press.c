@@ -30,13 +30,18 @@ static void put(const char *name, const char *text)
 
 /* A machine of `total` MiB of which `used` are in use; `once`: what the store maps from now on is known by its
  * own counting alone. */
-static void machine(unsigned total, unsigned used, bool once)
+static void use(unsigned total, unsigned used)
 {
 	char text[200];
 
 	snprintf(text, sizeof(text), "MemTotal: %u kB\nMemAvailable: %u kB\n", total * 1024,
 	         (total - used) * 1024);
 	put("proc/meminfo", text);
+}
+
+static void machine(unsigned total, unsigned used, bool once)
+{
+	use(total, used);
 	om_guard_fake(root, once);
 }
 
@@ -113,6 +118,80 @@ static void a_small_machine(void)
 	CHECK(stats(s).host.mapped_bytes <= 20 * MIB);
 	CHECK(stats(s).host.mapped_bytes >= 16 * MIB);
 	om_store_unref(s);
+}
+
+/* What others used a moment ago they will want again: 895 of 1000 MiB, then 300. */
+static void peaks_of_others(void)
+{
+	struct om_store *s = open_store(64 * MIB, 128 * MIB);
+
+	machine(1000, 895, false);
+	om_guard_look();
+	use(1000, 300);
+	for (int i = 0; i < 40; i++)
+		add(s, i);
+	CHECK(stats(s).host.mapped_bytes <= 5 * MIB);
+	for (int i = 0; i < 40; i++)
+		expect(s, i);
+	om_guard_look();
+	use(1024, 300); /* of another place: what was seen of this one does not count */
+	om_guard_look();
+	for (int i = 0; i < 40; i++)
+		expect(s, i);
+	CHECK(stats(s).host.mapped_bytes > 30 * MIB);
+	om_store_unref(s);
+}
+
+/* A stream that reads ahead takes what others have idle rather than memory that is short: 20 MiB to the ceiling. */
+static void reading_ahead_keeps_below(void)
+{
+	enum { UNITS = 16 };
+	static const uint8_t keep = OM_KEEP_NOTHING;
+	const char *names[UNITS];
+	struct om_stream_unit units[UNITS];
+	struct om_stream *st;
+	struct om_lease *l;
+	char path[300], text[2 * UNITS][16];
+	struct om_file_range r = { path, 0, BYTES };
+	struct om_store *s;
+	FILE *f;
+
+	snprintf(path, sizeof(path), "%s/file", root);
+	f = fopen(path, "wb");
+	CHECK(f && fwrite(data, 1, BYTES, f) == BYTES && fclose(f) == 0);
+	machine(1000, 880, true);
+	s = open_store(64 * MIB, 128 * MIB);
+	for (int i = 0; i < 2 * UNITS; i++) {
+		snprintf(text[i], sizeof(text[i]), "unit%d", i);
+		CHECK_EQ(om_store_add_file(s, text[i], i < UNITS ? "model" : "other", &r, 1,
+		                           OM_NOT_ENCODED, NULL),
+		         0);
+	}
+	for (int i = UNITS; i < 2 * UNITS; i++) {
+		CHECK_EQ(om_store_lease(s, text[i], OM_READ, SOON, &l), 0);
+		om_lease_unref(l);
+	}
+	CHECK_EQ(stats(s).host.mapped_bytes, UNITS * MIB);
+	for (int i = 0; i < UNITS; i++) {
+		names[i] = text[i];
+		units[i] = (struct om_stream_unit){ text[i], &names[i], &keep, 1 };
+	}
+	CHECK_EQ(om_stream_create(s, "model", units, UNITS, &st), 0);
+	CHECK_EQ(om_stream_linger(st, true), 0);
+	for (size_t i = 0; i < 3 * UNITS; i++) {
+		bool change;
+
+		CHECK_EQ(om_stream_enter(st, i % UNITS, SOON, &change), 0);
+		if (change)
+			om_stream_bound(st, i % UNITS, true);
+		CHECK(stats(s).host.mapped_bytes <= 20 * MIB);
+		CHECK_EQ(om_stream_leave(st, i % UNITS, &change), 0);
+		if (change)
+			om_stream_unbound(st, i % UNITS);
+	}
+	om_stream_free(st);
+	om_store_unref(s);
+	CHECK(unlink(path) == 0);
 }
 
 /* What is leased may grow as ever: nobody can give way. And a full disk is no reason to fail. */
@@ -283,6 +362,8 @@ static void pressing(void)
 	CHECK(!p.trimmed_bytes && !p.dropped_bytes && !p.written_bytes);
 	CHECK_EQ(p.left_bytes, 6 * MIB);
 	CHECK_EQ(om_store_press(s, OM_MEDIUM, 0, 0, SOON, &p), 0);
+	CHECK_EQ(p.trimmed_bytes, 0); /* it was in use a moment ago */
+	CHECK_EQ(om_store_press(s, OM_HIGH, 0, 0, SOON, &p), 0);
 	CHECK_EQ(p.trimmed_bytes, MIB);
 	CHECK_EQ(om_store_press(s, OM_HIGH, 0, 2 * MIB, SOON, &p), 0);
 	CHECK_EQ(p.written_bytes, 2 * MIB);
@@ -357,6 +438,8 @@ int main(void)
 	CHECK_EQ(mkdir(path, 0700), 0);
 	idle_blocks_give_way();
 	a_small_machine();
+	peaks_of_others();
+	reading_ahead_keeps_below();
 	the_ceiling_is_soft();
 	cached_segments_go_first();
 	readings_are_few();
