@@ -821,7 +821,8 @@ struct om_peak {
 	struct om_large blocks[OM_PEAK_BLOCKS];
 };
 struct om_report {
-	uint64_t number;  /* of the sample, from 1 */
+	uint64_t number; /* of the sample, from 1 */
+	bool asked; /* somebody took it by om_monitor_sample or _report: not the monitor's thread */
 	uint64_t wall_ns; /* CLOCK_REALTIME */
 	struct om_sample sample;
 	unsigned tightest; /* which place */
@@ -854,9 +855,18 @@ int om_monitor_report(struct om_monitor *m, struct om_report *ret);
  * error is set) at the deadline. */
 int om_monitor_wait(struct om_monitor *m, int64_t since, enum om_level level, uint64_t deadline_ns,
                     uint64_t *ret_number);
-/* As om_monitor_wait for any level, as long as its thread runs; OM_ECANCELED (no error is set): it does not. */
-int om_monitor_follow(struct om_monitor *m, int64_t since, uint64_t deadline_ns,
-                      uint64_t *ret_number);
+/* For who acts on samples, and is to sleep while nothing happens: as long as its thread runs, until there were more
+ * than `since` stirs. *ret_stirs: how many there were. OM_EBUSY at the deadline, OM_ECANCELED when its thread does not
+ * run (no error is set). A stir is om_monitor_stir, and each sample but a quiet one: one that the thread took at LOW
+ * after one at LOW, while no end is in sight, and less than `usage` of RAM and of each GPU is in use. Every eighth is a
+ * stir too, so that the reports since then are still there. */
+int om_monitor_follow(struct om_monitor *m, uint64_t since, double usage, uint64_t deadline_ns,
+                      uint64_t *ret_stirs);
+int om_monitor_stir(struct om_monitor *m);
+/* Reports of the last 16 samples, those with a number above `since` that its thread took, as one om_alloc'ed array, the
+ * oldest first. */
+int om_monitor_recent(struct om_monitor *m, uint64_t since, struct om_report **ret,
+                      size_t *ret_count);
 /* Bytes in use at the tightest place: of each of the last 600 seconds (`seconds` 1), 720 times 10 s or 1440 minutes
  * in which there was a sample, as one om_alloc'ed array, the oldest first. OM_EVALUE: other `seconds`. */
 struct om_span {

@@ -21,7 +21,7 @@ class StandIn:
     def __init__(self, thresholds: Any, interval: float) -> None:
         self.thresholds, self.interval = thresholds, interval
         self.changed = threading.Condition()
-        self.number = self.level = 0
+        self.number = self.level = self.noticed = 0
         self.usage = 0.5
         self.transitions = dict.fromkeys(range(4), 0)
         self.watched: list[Any] = []
@@ -109,10 +109,18 @@ class StandIn:
             )
             return self.number if done and not self.closed else -1
 
-    def follow(self, since: int) -> int:
+    def follow(self, since: int, usage: float | None = None, timeout: float | None = None) -> int:
         with self.changed:
-            self.changed.wait_for(lambda: not self.running or self.number > since)
+            self.noticed = since  # so far
+            self.changed.wait_for(lambda: not self.running or self.number > since, timeout)
             return self.number if self.running else -1
+
+    def stir(self) -> None:
+        """All samples are stirs; nobody needs more."""
+
+    def recent(self, since: int) -> list[dict[str, Any]]:
+        report = self.report()
+        return [report] if report["number"] > since else []
 
     def actions(self, since: int = 0) -> list[tuple[Any, ...]]:
         self._open()

@@ -56,6 +56,12 @@ class Samples:
             self._changed.wait_for(lambda: self._report["number"] > since, timeout)
             return self._report["number"] if self._report["number"] > since else -1
 
+    def follow(self, since: int, usage: float | None = None, timeout: float | None = None) -> int:
+        return self.wait(since, None, timeout)
+
+    def stir(self) -> None:
+        """All samples are stirs; nobody needs more."""
+
 
 class Watch:
     """Stands for `MemoryMonitor`."""
