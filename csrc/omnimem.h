@@ -744,16 +744,15 @@ struct om_gpu {
 enum om_strain { OM_STRAIN_HIGH, OM_STRAIN_MAX, OM_STRAIN_OOM, OM_STRAIN_OOM_KILL, OM_STRAINS };
 struct om_sample {
 	uint64_t at_ns; /* om_now() */
-	/* The system, and every cgroup with a limit, ours first. */
-	unsigned place_count;
-	struct om_place places[OM_PLACES];
 	uint64_t swap_total_bytes, swap_free_bytes;
 	uint64_t rss_bytes;
 	/* Some thread, all threads waited for memory so long, ever: of our cgroup, else of the machine. */
 	uint64_t stall_some_us, stall_full_us;
 	uint64_t strains[OM_STRAINS];
-	/* Those that this process may use; one cut into MIG devices is left out. */
-	unsigned gpu_count;
+	/* The system, and every cgroup with a limit, ours first; GPUs that this process may use, without those that are
+	 * cut into MIG devices. What lies behind the last one means nothing. */
+	unsigned place_count, gpu_count;
+	struct om_place places[OM_PLACES];
 	struct om_gpu gpus[OM_GPUS];
 };
 
@@ -823,9 +822,8 @@ struct om_peak {
 struct om_report {
 	uint64_t number; /* of the sample, from 1 */
 	bool asked; /* somebody took it by om_monitor_sample or _report: not the monitor's thread */
-	uint64_t wall_ns; /* CLOCK_REALTIME */
-	struct om_sample sample;
-	unsigned tightest; /* which place */
+	uint64_t wall_ns;  /* CLOCK_REALTIME */
+	unsigned tightest; /* which place of the sample's */
 	/* Of what is in use there: idle blocks, of stores that are watched and pressed, that lie in files too. Like page cache
 	 * that can be dropped at once they are not in use for levels and trend: they go before memory runs out. */
 	uint64_t spare_bytes;
@@ -845,6 +843,7 @@ struct om_report {
 	uint64_t interval_ns;  /* to the next sample */
 	uint64_t lag_ns;       /* it came so late */
 	uint64_t busy_ns;      /* processor time that all samples took */
+	struct om_sample sample;
 	struct om_peak peak;
 };
 /* Take a sample now, on this thread; and act, as the monitor's thread would. */

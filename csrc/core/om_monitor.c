@@ -7,6 +7,7 @@
  */
 #include <errno.h>
 #include <math.h>
+#include <stddef.h>
 #include <string.h>
 #include <time.h>
 
@@ -308,6 +309,18 @@ static bool is_quiet(const struct om_monitor *m, const struct om_report *r)
 	       isnan(r->seconds_left) && r->number % OFTEN && fullest(r) < m->usage_asked;
 }
 
+/* Most of a report is room for more places, GPUs and blocks than there are: that stays as it is. */
+static void copy(struct om_report *ret, const struct om_report *r)
+{
+	const struct om_sample *s = &r->sample;
+
+	memcpy(ret, r, offsetof(struct om_report, sample.places));
+	memcpy(ret->sample.places, s->places, s->place_count * sizeof(*s->places));
+	memcpy(ret->sample.gpus, s->gpus, s->gpu_count * sizeof(*s->gpus));
+	memcpy(&ret->peak, &r->peak, offsetof(struct om_peak, blocks));
+	memcpy(ret->peak.blocks, r->peak.blocks, r->peak.count * sizeof(*r->peak.blocks));
+}
+
 static void publish(struct om_monitor *m)
 {
 	const struct om_report *r = &m->next;
@@ -318,7 +331,7 @@ static void publish(struct om_monitor *m)
 		om_cond_broadcast(&m->stirred);
 	}
 	m->last = &m->recent[r->number % RECENT];
-	*m->last = *r;
+	copy(m->last, r);
 	om_history_feed(&m->history, r->sample.at_ns, r->sample.places[r->tightest].used_bytes);
 	om_cond_broadcast(&m->changed);
 	om_mutex_unlock(&m->lock);
@@ -557,7 +570,7 @@ int om_monitor_recent(struct om_monitor *m, uint64_t since, struct om_report **r
 	*ret_count = 0;
 	for (uint64_t n = first; *ret && n <= last; n++)
 		if (!m->recent[n % RECENT].asked)
-			(*ret)[(*ret_count)++] = m->recent[n % RECENT];
+			copy(&(*ret)[(*ret_count)++], &m->recent[n % RECENT]);
 	om_mutex_unlock(&m->lock);
 	return *ret ? 0 : -ENOMEM;
 }

@@ -43,6 +43,8 @@ struct om_chain {
 };
 /* Version 1 and version 2. `own`: what /proc/self/cgroup says. */
 void om_chain_find(struct om_texts *t, const char *own, struct om_chain ret[2]);
+/* The one that limits memory: version 1 where that is mounted, since a controller is in one hierarchy only. */
+struct om_chain *om_chain_limits(struct om_chain chains[2]);
 /* Add the places of a hierarchy, and with `events` what it says about them. True: one that could be read
  * before cannot be. */
 bool om_chain_read(struct om_texts *t, struct om_chain *c, bool events, struct om_sample *ret);

@@ -124,6 +124,11 @@ void om_chain_find(struct om_texts *t, const char *own, struct om_chain ret[2])
 	}
 }
 
+struct om_chain *om_chain_limits(struct om_chain chains[2])
+{
+	return &chains[chains[0].found ? 0 : 1];
+}
+
 /* One cgroup's limit and what it has left. False: no limit, or not to be read. */
 static bool read_place(struct om_texts *t, const char *directory, bool unified,
                        struct om_place *ret)

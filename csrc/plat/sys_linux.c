@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <malloc.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -58,7 +59,7 @@ const struct om_place *om_sample_tightest(const struct om_sample *s)
 
 static void begin(struct om_sample *s)
 {
-	memset(s, 0, sizeof(*s));
+	memset(s, 0, offsetof(struct om_sample, places));
 	s->at_ns = om_now();
 	s->stall_some_us = s->stall_full_us = s->rss_bytes = OM_UNTOLD;
 	for (int i = 0; i < OM_STRAINS; i++)
@@ -80,8 +81,7 @@ int om_sys_memory(const char *root, struct om_memory *ret)
 		return code;
 	if (om_text_read(&texts, "/proc/self", "cgroup", own) >= 0) {
 		om_chain_find(&texts, own, chains);
-		for (int i = 0; i < 2; i++)
-			om_chain_read(&texts, &chains[i], false, &s);
+		om_chain_read(&texts, om_chain_limits(chains), false, &s);
 	}
 	tightest = om_sample_tightest(&s);
 	*ret = (struct om_memory){ .total_bytes = tightest->limit_bytes,
@@ -139,10 +139,7 @@ static void read_cgroups(struct om_sampler *s, struct om_sample *ret)
 		om_chain_find(&s->texts, own, s->chains);
 		snprintf(s->own, sizeof(s->own), "%.*s", (int)sizeof(s->own) - 1, own);
 	}
-	s->stale = false;
-	for (int i = 0; i < 2; i++)
-		if (om_chain_read(&s->texts, &s->chains[i], true, ret))
-			s->stale = true;
+	s->stale = om_chain_read(&s->texts, om_chain_limits(s->chains), true, ret);
 }
 
 /* "some avg10=0.00 avg60=0.00 avg300=0.00 total=12345" */
