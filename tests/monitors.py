@@ -28,6 +28,8 @@ class StandIn:
         self.closed = self.running = False
         self.acted: list[tuple[Any, ...]] = []
         self.more: dict[str, Any] = {}
+        self.quiet: list[dict[str, Any]] = []
+        """Reports that nobody was told of."""
         StandIn.made = self
 
     def enter(self, *levels: int, usage: float = 0.5) -> None:
@@ -112,15 +114,24 @@ class StandIn:
     def follow(self, since: int, usage: float | None = None, timeout: float | None = None) -> int:
         with self.changed:
             self.noticed = since  # so far
-            self.changed.wait_for(lambda: not self.running or self.number > since, timeout)
+            self.changed.wait_for(
+                lambda: not self.running or self.number > max(since, self.noticed), timeout
+            )
             return self.number if self.running else -1
 
     def stir(self) -> None:
         """All samples are stirs; nobody needs more."""
 
+    def pass_quietly(self, count: int) -> None:
+        """Samples that wake nobody who follows."""
+        for _ in range(count):
+            self.number += 1
+            self.noticed = self.number
+            self.quiet.append(self.report())
+
     def recent(self, since: int) -> list[dict[str, Any]]:
-        report = self.report()
-        return [report] if report["number"] > since else []
+        reports = {report["number"]: report for report in [*self.quiet, self.report()]}
+        return [report for number, report in reports.items() if number > since]
 
     def actions(self, since: int = 0) -> list[tuple[Any, ...]]:
         self._open()

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -142,7 +143,7 @@ class AutomaticOffloader:
                 return self._models.add(model, model_id, model_dir).model_id
             except LimitError:  # it comes to memory as it is used
                 entry = self._models.add(model, model_id, model_dir, resident=False)
-                self._stir()
+                _stir(self._core)
                 return entry.model_id
         if model_id not in (None, known.model_id):
             raise ValueError(f"this model is registered as {known.model_id!r}, not {model_id!r}")
@@ -173,7 +174,7 @@ class AutomaticOffloader:
         if self._models.known(model) is not None:
             raise ValueError(f"this model is attached already, as {self._id_of(model)!r}")
         entry = self._models.add(model, model_id, model_dir, resident=False)
-        self._stir()
+        _stir(self._core)
         entry.cap = cap
         if entry.movable.home == "cpu":  # the budget is one of RAM
             entry.movable.on_use = on_use
@@ -295,7 +296,7 @@ class AutomaticOffloader:
         self._thread = threading.Thread(
             target=_watch,
             args=(
-                weakref.ref(self),
+                weakref.ref(self, partial(_stir, self._core)),
                 self._core,
                 self._stopping,
                 self._interval,
@@ -447,14 +448,9 @@ class AutomaticOffloader:
     def _note(self, decision: OffloadDecision, level: int = logging.INFO) -> OffloadDecision:
         self.decisions.append(decision)
         if decision:
-            self._stir()
+            _stir(self._core)
             log.log(level, "%s %r: %s", decision.action, decision.model_id, decision.reason)
         return decision
-
-    def _stir(self) -> None:
-        """Have the thread look what is to be done: models are elsewhere now."""
-        with suppress(ClosedError):
-            self._core.stir()
 
     def _note_quietly(self, decision: OffloadDecision) -> None:
         self._note(decision, logging.DEBUG)
@@ -492,6 +488,12 @@ def _holders(moved: Moved) -> str:
         return ""
     names = ", ".join(f"{name} ({format_size(nbytes)})" for name, nbytes in moved.held)
     return f"; held by others, and gone with their last holder: {names}"
+
+
+def _stir(core: Any, _: object = None) -> None:
+    """Have an offloader's thread look: models are elsewhere now, or it is gone."""
+    with suppress(ClosedError):
+        core.stir()
 
 
 def _watch(
