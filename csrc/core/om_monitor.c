@@ -290,23 +290,10 @@ static uint64_t spare_bytes(struct om_monitor *m)
 	return bytes;
 }
 
-/* The share in use of what is fullest, RAM or a GPU. */
-static double fullest(const struct om_report *r)
-{
-	double usage = r->usage;
-
-	for (unsigned i = 0; i < r->sample.gpu_count; i++) {
-		const struct om_gpu *g = &r->sample.gpus[i];
-
-		usage = fmax(usage, 1 - (double)g->free_bytes / (double)g->total_bytes);
-	}
-	return usage;
-}
-
 static bool is_quiet(const struct om_monitor *m, const struct om_report *r)
 {
 	return !r->asked && m->last->level == OM_LOW && r->level == OM_LOW &&
-	       isnan(r->seconds_left) && r->number % OFTEN && fullest(r) < m->usage_asked;
+	       isnan(r->seconds_left) && r->number % OFTEN && om_report_fullest(r) < m->usage_asked;
 }
 
 /* Most of a report is room for more places, GPUs and blocks than there are: that stays as it is. */
