@@ -1,7 +1,7 @@
 """What do the monitor, and the management of models that are wholly in memory, cost?
 
-- sample: microseconds of one look at memory; the share of a CPU that the monitor's thread takes
-  when nothing else runs, at the default interval of 1 s.
+- sample: microseconds of one look at memory; the share of a CPU, and how often a second they wake,
+  of the monitor's and all other threads when nothing runs, at the default interval of 1 s.
 - token: a small decoder (240 MB of float32) in one process: plain; managed by
   AdvancedMemoryManager and wholly in memory; and bare, without hooks on the same memory as the
   managed one, since where weights lie changes their products' speed. Token by token in turns, in
@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,17 +101,19 @@ class Decoders:
 # -- one sample, and an idle monitor ---------------------------------------------------------------
 
 
-def cpu_of(name: str) -> float:
-    """Seconds of CPU that this process's threads of a name have had."""
-    total = 0
+def threads_now() -> dict[str, tuple[str, int, int]]:
+    """Of each thread of this process: its name, ns of CPU, and how often it went to sleep."""
+    found = {}
     for task in Path("/proc/self/task").iterdir():
-        if (task / "comm").read_text().strip() == name:
-            total += int((task / "schedstat").read_text().split()[0])
-    return total / 1e9
+        status = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
+        cpu = int((task / "schedstat").read_text().split()[0])
+        found[task.name] = status["Name"], cpu, int(status["voluntary_ctxt_switches"])
+    names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
+    return {task: (names.get(task, each[0]), *each[1:]) for task, each in found.items()}
 
 
 def measure_samples(decoders: Decoders, args: argparse.Namespace) -> dict[str, Any]:
-    """Microseconds of a sample, wall and CPU; share of a CPU at an interval of 1 s."""
+    """Microseconds of a sample, wall and CPU; what an idle process does at an interval of 1 s."""
     core = decoders.monitor._core
     wall, cpu = [], []
     for _ in range(args.samples):
@@ -121,15 +124,22 @@ def measure_samples(decoders: Decoders, args: argparse.Namespace) -> dict[str, A
     decoders.monitor.start_monitoring()
     time.sleep(1.5)  # the thread is there, and its first sample is taken
     started = time.perf_counter()
-    thread, process = cpu_of(MONITOR), time.process_time()
+    before, process = threads_now(), time.process_time()
     first = core.report()["number"]
     time.sleep(args.idle)
-    thread, process = cpu_of(MONITOR) - thread, time.process_time() - process
+    process = time.process_time() - process
     passed = time.perf_counter() - started
+    threads = [
+        {"name": name, "share": (cpu - before[task][1]) / 1e9 / passed,
+         "wakeups_per_s": (sleeps - before[task][2]) / passed}
+        for task, (name, cpu, sleeps) in threads_now().items()
+        if task in before and sleeps > before[task][2]
+    ]  # fmt: skip
     taken = core.report()["number"] - first
     decoders.monitor.stop_monitoring()
     return {"wall_us": wall, "cpu_us": cpu, "idle_s": passed, "samples": taken,
-            "thread_share": thread / passed, "process_share": process / passed}  # fmt: skip
+            "thread_share": sum(each["share"] for each in threads if each["name"] == MONITOR),
+            "process_share": process / passed, "threads": threads}  # fmt: skip
 
 
 def show_samples(found: dict[str, Any], markdown: bool) -> None:
@@ -142,6 +152,14 @@ def show_samples(found: dict[str, Any], markdown: bool) -> None:
         ["the whole process meanwhile", f"{100 * found['process_share']:.4f} % of a CPU"],
     ]  # fmt: skip
     show_table("The monitor", ["what", "cost"], rows, markdown=markdown)
+    rows = [
+        [each["name"], f"{100 * each['share']:.4f}", f"{each['wakeups_per_s']:.2f}"]
+        for each in found["threads"]
+    ]
+    show_table(
+        "Threads of the idle process", ["thread", "% of a CPU", "wakeups a second"], rows,
+        markdown=markdown,
+    )  # fmt: skip
 
 
 # -- tokens ----------------------------------------------------------------------------------------

@@ -744,16 +744,15 @@ struct om_gpu {
 enum om_strain { OM_STRAIN_HIGH, OM_STRAIN_MAX, OM_STRAIN_OOM, OM_STRAIN_OOM_KILL, OM_STRAINS };
 struct om_sample {
 	uint64_t at_ns; /* om_now() */
-	/* The system, and every cgroup with a limit, ours first. */
-	unsigned place_count;
-	struct om_place places[OM_PLACES];
 	uint64_t swap_total_bytes, swap_free_bytes;
 	uint64_t rss_bytes;
 	/* Some thread, all threads waited for memory so long, ever: of our cgroup, else of the machine. */
 	uint64_t stall_some_us, stall_full_us;
 	uint64_t strains[OM_STRAINS];
-	/* Those that this process may use; one cut into MIG devices is left out. */
-	unsigned gpu_count;
+	/* The system, and every cgroup with a limit, ours first; GPUs that this process may use, without those that are
+	 * cut into MIG devices. What lies behind the last one means nothing. */
+	unsigned place_count, gpu_count;
+	struct om_place places[OM_PLACES];
 	struct om_gpu gpus[OM_GPUS];
 };
 
@@ -821,10 +820,10 @@ struct om_peak {
 	struct om_large blocks[OM_PEAK_BLOCKS];
 };
 struct om_report {
-	uint64_t number;  /* of the sample, from 1 */
-	uint64_t wall_ns; /* CLOCK_REALTIME */
-	struct om_sample sample;
-	unsigned tightest; /* which place */
+	uint64_t number; /* of the sample, from 1 */
+	bool asked; /* somebody took it by om_monitor_sample or _report: not the monitor's thread */
+	uint64_t wall_ns;  /* CLOCK_REALTIME */
+	unsigned tightest; /* which place of the sample's */
 	/* Of what is in use there: idle blocks, of stores that are watched and pressed, that lie in files too. Like page cache
 	 * that can be dropped at once they are not in use for levels and trend: they go before memory runs out. */
 	uint64_t spare_bytes;
@@ -844,6 +843,7 @@ struct om_report {
 	uint64_t interval_ns;  /* to the next sample */
 	uint64_t lag_ns;       /* it came so late */
 	uint64_t busy_ns;      /* processor time that all samples took */
+	struct om_sample sample;
 	struct om_peak peak;
 };
 /* Take a sample now, on this thread; and act, as the monitor's thread would. */
@@ -854,9 +854,18 @@ int om_monitor_report(struct om_monitor *m, struct om_report *ret);
  * error is set) at the deadline. */
 int om_monitor_wait(struct om_monitor *m, int64_t since, enum om_level level, uint64_t deadline_ns,
                     uint64_t *ret_number);
-/* As om_monitor_wait for any level, as long as its thread runs; OM_ECANCELED (no error is set): it does not. */
-int om_monitor_follow(struct om_monitor *m, int64_t since, uint64_t deadline_ns,
-                      uint64_t *ret_number);
+/* For who acts on samples, and is to sleep while nothing happens: as long as its thread runs, until there were more
+ * than `since` stirs. *ret_stirs: how many there were. OM_EBUSY at the deadline, OM_ECANCELED when its thread does not
+ * run (no error is set). A stir is om_monitor_stir, and each sample but a quiet one: one that the thread took at LOW
+ * after one at LOW, while no end is in sight, and less than `usage` of RAM and of each GPU is in use. Every eighth is a
+ * stir too, so that the reports since then are still there. */
+int om_monitor_follow(struct om_monitor *m, uint64_t since, double usage, uint64_t deadline_ns,
+                      uint64_t *ret_stirs);
+int om_monitor_stir(struct om_monitor *m);
+/* Reports of the last 16 samples, those with a number above `since` that its thread took, as one om_alloc'ed array, the
+ * oldest first. */
+int om_monitor_recent(struct om_monitor *m, uint64_t since, struct om_report **ret,
+                      size_t *ret_count);
 /* Bytes in use at the tightest place: of each of the last 600 seconds (`seconds` 1), 720 times 10 s or 1440 minutes
  * in which there was a sample, as one om_alloc'ed array, the oldest first. OM_EVALUE: other `seconds`. */
 struct om_span {

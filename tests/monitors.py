@@ -21,13 +21,15 @@ class StandIn:
     def __init__(self, thresholds: Any, interval: float) -> None:
         self.thresholds, self.interval = thresholds, interval
         self.changed = threading.Condition()
-        self.number = self.level = 0
+        self.number = self.level = self.noticed = 0
         self.usage = 0.5
         self.transitions = dict.fromkeys(range(4), 0)
         self.watched: list[Any] = []
         self.closed = self.running = False
         self.acted: list[tuple[Any, ...]] = []
         self.more: dict[str, Any] = {}
+        self.quiet: list[dict[str, Any]] = []
+        """Reports that nobody was told of."""
         StandIn.made = self
 
     def enter(self, *levels: int, usage: float = 0.5) -> None:
@@ -109,10 +111,27 @@ class StandIn:
             )
             return self.number if done and not self.closed else -1
 
-    def follow(self, since: int) -> int:
+    def follow(self, since: int, usage: float | None = None, timeout: float | None = None) -> int:
         with self.changed:
-            self.changed.wait_for(lambda: not self.running or self.number > since)
+            self.noticed = since  # so far
+            self.changed.wait_for(
+                lambda: not self.running or self.number > max(since, self.noticed), timeout
+            )
             return self.number if self.running else -1
+
+    def stir(self) -> None:
+        """All samples are stirs; nobody needs more."""
+
+    def pass_quietly(self, count: int) -> None:
+        """Samples that wake nobody who follows."""
+        for _ in range(count):
+            self.number += 1
+            self.noticed = self.number
+            self.quiet.append(self.report())
+
+    def recent(self, since: int) -> list[dict[str, Any]]:
+        reports = {report["number"]: report for report in [*self.quiet, self.report()]}
+        return [report for number, report in reports.items() if number > since]
 
     def actions(self, since: int = 0) -> list[tuple[Any, ...]]:
         self._open()

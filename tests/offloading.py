@@ -17,6 +17,9 @@ class Samples:
 
     def __init__(self) -> None:
         self.running = True
+        self.stirs = 0
+        self.followed: list[tuple[float | None, float | None]] = []
+        """What who followed asked for: usage and timeout."""
         self._changed = threading.Condition()
         self._report: dict[str, Any] = {
             "number": 1,
@@ -31,7 +34,7 @@ class Samples:
         """From the next sample on there is one GPU."""
         self._report = {**self._report, "gpus": [(0, uuid, "a GPU", total, free, 0)]}
 
-    def tell(self, usage: float, slope: float | None = None) -> None:
+    def tell(self, usage: float, slope: float | None = None, quiet: bool = False) -> None:
         """A sample: so much is in use, and grows by so many bytes a second."""
         with self._changed:
             known = None if slope is None or slope <= 0 else (1 - usage) * 1000 * MIB / slope
@@ -42,6 +45,7 @@ class Samples:
                 "slope": slope,
                 "seconds_to_exhaustion": known,
             }
+            self.stirs += not quiet
             self._changed.notify_all()
 
     def sample(self) -> dict[str, Any]:
@@ -56,6 +60,17 @@ class Samples:
             self._changed.wait_for(lambda: self._report["number"] > since, timeout)
             return self._report["number"] if self._report["number"] > since else -1
 
+    def follow(self, since: int, usage: float | None = None, timeout: float | None = None) -> int:
+        with self._changed:
+            self.followed.append((usage, timeout))
+            self._changed.wait_for(lambda: self.stirs > since, timeout)
+            return self.stirs
+
+    def stir(self) -> None:
+        with self._changed:
+            self.stirs += 1
+            self._changed.notify_all()
+
 
 class Watch:
     """Stands for `MemoryMonitor`."""
@@ -64,8 +79,8 @@ class Watch:
         self.config = MonitorConfig(monitoring_interval=0.05)
         self._core = Samples()
 
-    def tell(self, usage: float, slope: float | None = None) -> None:
-        self._core.tell(usage, slope)
+    def tell(self, usage: float, slope: float | None = None, quiet: bool = False) -> None:
+        self._core.tell(usage, slope, quiet)
 
 
 class Weights:

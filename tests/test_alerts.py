@@ -29,7 +29,7 @@ def enter(monitor: MemoryMonitor, *levels: int) -> None:
     core: Any = monitor._core
     for level in levels:
         core.enter(level)
-        wait_until(lambda: monitor.history and monitor.history[-1].number >= core.number)
+        wait_until(lambda: core.noticed >= core.number)
 
 
 def test_each_rise_is_told_once(monitor: MemoryMonitor) -> None:

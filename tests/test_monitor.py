@@ -186,6 +186,26 @@ def test_history(stand_in: type[StandIn]) -> None:  # noqa: F811
         monitor.get_history(-1)
 
 
+def test_history_knows_of_quiet_samples(stand_in: type[StandIn]) -> None:  # noqa: F811
+    """Nobody is woken for them: they are kept when somebody looks, and at the end."""
+    with MemoryMonitor() as monitor:
+        core = stand_in.made
+        core.enter(0)
+        wait_until(lambda: core.noticed == 1)
+        history = monitor._history
+        core.pass_quietly(3)
+        assert len(history) <= 1
+        assert [record.number for record in monitor.history] == [1, 2, 3, 4]
+        assert [record.number for record in monitor.get_history()] == [1, 2, 3, 4]
+        core.pass_quietly(2)
+        stats = monitor.log_memory_usage("now")
+        assert [record.number for record in history][:-1] == [1, 2, 3, 4, 5, 6, stats.number][
+            : len(history) - 1
+        ]
+        core.pass_quietly(1)
+    assert history[-1].number == core.number
+
+
 def test_log_memory_usage(caplog: pytest.LogCaptureFixture) -> None:
     monitor = MemoryMonitor()
     with caplog.at_level(logging.INFO, "omnimem.monitor"):

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import omnimem
-from omnimem import _core
+from omnimem import ClosedError, _core
 
 from .conftest import PACKAGE_DIR, run_clean
 
@@ -308,6 +308,38 @@ def test_start_and_stop(open_monitor: Callable[..., _core.Monitor]) -> None:
     for call in (monitor.start, monitor.stop, monitor.sample, monitor.report, monitor.actions):
         with pytest.raises(omnimem.ClosedError):
             call()
+
+
+def test_who_follows_sleeps_through_quiet_samples(
+    system: System, open_monitor: Callable[..., _core.Monitor]
+) -> None:
+    monitor = open_monitor()
+    assert monitor.follow(0) == -1
+    monitor.start()
+    assert monitor.wait(20, timeout=30) > 20
+    monitor.stop()
+    number = monitor.report()["number"]
+    reports = monitor.recent(0)
+    assert [report["number"] for report in reports] == list(range(number - 15, number + 1))
+    assert reports[-1] == monitor.report()
+    monitor.start()
+    stirs = monitor.follow(0)
+    assert stirs <= monitor.report()["number"] // 8
+    assert monitor.follow(stirs + 1000, timeout=0.05) >= stirs  # the deadline
+    monitor.stir()
+    assert monitor.follow(stirs, timeout=30) > stirs
+    system.use(1000 * MIB)
+    stirs = monitor.follow(0)
+    for _ in range(3):
+        stirs = monitor.follow(stirs, None, 30.0)
+    assert monitor.wait(0, level=3, timeout=30) > 0
+    for wrong in (lambda: monitor.follow(-1), lambda: monitor.recent(-1)):
+        with pytest.raises(ValueError, match="since"):
+            wrong()
+    monitor.close()
+    assert monitor.follow(0) == -1
+    with pytest.raises(ClosedError):
+        monitor.recent(0)
 
 
 def test_a_thread_that_cannot_start(open_monitor: Callable[..., _core.Monitor]) -> None:

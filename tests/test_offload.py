@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import sys
 import threading
 import time
@@ -442,6 +443,78 @@ def test_a_sample_that_asks_for_nothing_costs_little(
         watch.tell(usage, slope)
         offloader._step(watch._core.report())
         assert "".join(described) == asked, (usage, slope)
+
+
+def test_it_sleeps_while_nothing_concerns_it(
+    open_offloader: Callable[..., AutomaticOffloader],
+    weights: dict[str, Weights],
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    offloader, core, steps = open_offloader(EAGER), watch._core, []
+    step = offloader._step
+
+    def count(report: Any) -> float:
+        steps.append(report["number"])
+        return step(report)
+
+    monkeypatch.setattr(offloader, "_step", count)
+    offloader.register({}, "a")
+    offloader.start()
+    until(lambda: bool(core.followed), "it does not sleep")
+    assert core.followed[-1] == (0.8, None)  # from offload_threshold on
+    seen = len(steps)
+    for _ in range(20):
+        watch.tell(0.4, quiet=True)
+    watch.tell(0.4)  # one that is not quiet
+    until(lambda: len(steps) > seen, "it was not woken")
+    until(lambda: len(core.followed) > 1, "it does not sleep again")
+    assert len(steps) <= seen + 2
+    before = len(steps)
+    offloader.offload_model("a", "disk")  # its next use is to be looked for
+    watch.tell(0.4, quiet=True)
+    until(lambda: len(steps) > before, "it did not look where models are")
+    watch.tell(0.9)
+    until(lambda: bool(steps) and offloader._pressed["cpu"], "it did not see the pressure")
+    asleep = len(core.followed)
+    for usage in (0.9, 0.9, 0.7):  # until restore_threshold it looks at each sample
+        before = steps[-1]
+        watch.tell(usage, quiet=True)
+        until(lambda before=before: steps[-1] > before, "it missed a sample")  # type: ignore[misc]
+    assert len(core.followed) == asleep
+
+
+def test_when_it_wants_to_look_again(
+    open_offloader: Callable[..., AutomaticOffloader],
+    weights: dict[str, Weights],
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    offloader = open_offloader(EAGER)
+    offloader.register({}, "a")
+
+    def look(usage: float, slope: float | None = None) -> float:
+        watch.tell(usage, slope)
+        return offloader._step(watch._core.report())
+
+    def use(last: float, due: float, gap: float) -> None:
+        now = time.monotonic()
+        use = SimpleNamespace(
+            last=last and now + last, next=due and now + due, gap=gap, recent=2, busy=0
+        )
+        monkeypatch.setattr(offloader._models, "use", lambda _: use)
+
+    assert look(0.4) == math.inf  # it is there
+    assert look(0.7, 100.0 * MIB) == 0.0  # but memory fills
+    weights["a"].inside = 0
+    assert look(0.4) == math.inf  # it was never used
+    assert look(0.65) == 0.0  # it may come back once there is less in use
+    use(-10, 20, 30)
+    assert look(0.4) == pytest.approx(19, abs=1.0)  # a second ahead
+    use(-10, 0, 0)
+    assert look(0.4) == 0.0  # of late: it may be expected soon
+    use(-100, -50, 50)
+    assert look(0.4) == math.inf  # it is not expected any more
 
 
 def test_stop_does_not_wait_for_a_sample(

@@ -8,6 +8,7 @@
 
 #include <math.h>
 #include <string.h>
+#include <unistd.h>
 
 #define MAX_BANKS 16
 
@@ -90,6 +91,11 @@ static PyObject *monitor_stop(PyObject *self, PyObject *Py_UNUSED(unused))
 static PyObject *monitor_close(PyObject *self, PyObject *Py_UNUSED(unused))
 {
 	return call(self, om_monitor_close);
+}
+
+static PyObject *monitor_stir(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+	return call(self, om_monitor_stir);
 }
 
 static PyObject *get_running(PyObject *self, void *Py_UNUSED(unused))
@@ -312,6 +318,7 @@ struct waiting {
 	struct om_monitor *m;
 	int64_t since;
 	enum om_level level;
+	double usage;
 	uint64_t number;
 };
 
@@ -353,20 +360,61 @@ static int call_follow(void *arg, uint64_t deadline_ns)
 {
 	struct waiting *w = arg;
 
-	return om_monitor_follow(w->m, w->since, deadline_ns, &w->number);
+	return om_monitor_follow(w->m, (uint64_t)w->since, w->usage, deadline_ns, &w->number);
 }
 
-static PyObject *monitor_follow(PyObject *self, PyObject *since)
+static PyObject *monitor_follow(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                PyObject *kwnames)
 {
-	struct waiting w = { .m = monitor_of(self), .since = PyLong_AsLongLong(since) };
+	static const char *const names[] = { "since", "usage", "timeout", NULL };
+	struct waiting w = { .m = monitor_of(self), .usage = INFINITY };
+	PyObject *a[3] = { NULL };
+	uint64_t deadline_ns, since;
 	int code;
 
-	if (!w.m || PyErr_Occurred())
+	if (!w.m || py_args("follow", args, nargs, kwnames, names, 1, 3, a) ||
+	    py_size(a[0], "since", &since) || py_deadline(a[2] ? a[2] : Py_None, &deadline_ns))
 		return NULL;
-	code = py_wait(call_follow, &w, UINT64_MAX);
+	w.since = (int64_t)since;
+	if (a[1] && a[1] != Py_None)
+		w.usage = PyFloat_AsDouble(a[1]);
+	if (PyErr_Occurred())
+		return NULL;
+	if (gettid() == getpid())
+		code = py_wait(call_follow, &w, deadline_ns);
+	else { /* without signals to handle, it is to sleep */
+		Py_BEGIN_ALLOW_THREADS code = call_follow(&w, deadline_ns);
+		Py_END_ALLOW_THREADS
+	}
 	if (code == PY_RAISED)
 		return NULL;
-	return code ? PyLong_FromLong(-1) : PyLong_FromUnsignedLongLong(w.number);
+	if (code && code != OM_EBUSY)
+		return PyLong_FromLong(-1);
+	return PyLong_FromUnsignedLongLong(w.number);
+}
+
+static PyObject *make_report(const void *reports, size_t i)
+{
+	return tell((const struct om_report *)reports + i);
+}
+
+static PyObject *monitor_recent(PyObject *self, PyObject *since)
+{
+	struct om_monitor *m = monitor_of(self);
+	struct om_report *reports;
+	PyObject *list;
+	uint64_t from;
+	size_t count;
+	int code;
+
+	if (!m || py_size(since, "since", &from))
+		return NULL;
+	code = om_monitor_recent(m, from, &reports, &count);
+	if (code)
+		return py_raise(code);
+	list = list_of(count, make_report, reports);
+	om_free(reports);
+	return list;
 }
 
 static PyObject *make_span(const void *spans, size_t i)
@@ -449,9 +497,12 @@ static PyMethodDef methods[] = {
 	  "sample($self, /)\n--\n\nTake a sample now, and act on it." },
 	{ "report", monitor_report, METH_NOARGS,
 	  "report($self, /)\n--\n\nThe last sample; takes one if there was none." },
-	{ "follow", monitor_follow, METH_O,
-	  "follow($self, since, /)\n--\n\nThe number of the last sample, once it is above `since`; -1 "
-	  "when its thread does not run." },
+	{ "follow", PY_FAST(monitor_follow), PY_FAST_FLAGS,
+	  "follow($self, /, since, usage=None, timeout=None)\n--\n\nHow many stirs there were, once that is more "
+	  "than `since`, or at the timeout; -1 when its thread does not run." },
+	{ "stir", monitor_stir, METH_NOARGS, "stir($self, /)\n--\n\nWake who follows." },
+	{ "recent", monitor_recent, METH_O,
+	  "recent($self, since, /)\n--\n\nReports of the samples above `since` that its thread took." },
 	{ "wait", PY_FAST(monitor_wait), PY_FAST_FLAGS,
 	  "wait($self, /, since, level=None, timeout=None)\n--\n\nThe number of the last sample, once it is "
 	  "above since and its level at least that; -1 at the timeout or when closed." },

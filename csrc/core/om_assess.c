@@ -254,3 +254,15 @@ void om_assess_step(struct om_assessor *a, struct om_report *r)
 	a->last_ns = s->at_ns;
 	a->last_bytes = p->used_bytes;
 }
+
+double om_report_fullest(const struct om_report *r)
+{
+	double usage = r->usage;
+
+	for (unsigned i = 0; i < r->sample.gpu_count; i++) {
+		const struct om_gpu *g = &r->sample.gpus[i];
+
+		usage = fmax(usage, 1 - (double)g->free_bytes / (double)g->total_bytes);
+	}
+	return usage;
+}

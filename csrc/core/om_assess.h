@@ -34,4 +34,7 @@ void om_assess_step(struct om_assessor *a, struct om_report *ret);
 /* "1.5 GiB" */
 const char *om_size_text(uint64_t bytes, char ret[24]);
 
+/* The share in use of what is fullest, RAM or a GPU. */
+double om_report_fullest(const struct om_report *r);
+
 #endif

@@ -6,6 +6,8 @@
  * thread tries again after the interval.
  */
 #include <errno.h>
+#include <math.h>
+#include <stddef.h>
 #include <string.h>
 #include <time.h>
 
@@ -15,6 +17,9 @@
 
 #define LEAST_NS (OM_NSEC / 100)
 #define MOST_NS  (86400 * OM_NSEC)
+
+#define RECENT 16u          /* reports that are kept; */
+#define OFTEN  (RECENT / 2) /* one of so many samples wakes who follows */
 
 static uint64_t clock_ns(clockid_t clock)
 {
@@ -38,9 +43,14 @@ static int init_locks(struct om_monitor *m)
 	code = om_cond_init(&m->changed);
 	if (code)
 		goto no_changed;
+	code = om_cond_init(&m->stirred);
+	if (code)
+		goto no_stirred;
 	code = om_cond_init(&m->wake);
 	if (!code)
 		return 0;
+	om_cond_fini(&m->stirred);
+no_stirred:
 	om_cond_fini(&m->changed);
 no_changed:
 	om_mutex_fini(&m->lock);
@@ -54,6 +64,7 @@ static void free_parts(struct om_monitor *m)
 	om_sampler_free(m->sampler);
 	om_history_fini(&m->history);
 	om_free(m->actions);
+	om_free(m->recent);
 	om_free(m->watched);
 	om_free(m);
 }
@@ -71,9 +82,12 @@ static int init(struct om_monitor *m, const struct om_monitor_config *c)
 	m->config = *c;
 	m->config.root = NULL;
 	m->fork_generation = om_fork_generation();
+	m->usage_asked = INFINITY;
 	m->actions = om_alloc(OM_ACTIONS, sizeof(*m->actions));
-	if (!m->actions)
+	m->recent = om_alloc(RECENT, sizeof(*m->recent));
+	if (!m->actions || !m->recent)
 		return -ENOMEM;
+	m->last = m->recent;
 	code = om_history_init(&m->history);
 	code = code ? code : om_sampler_create(c->root, &m->sampler);
 	return code ? code : init_locks(m);
@@ -276,12 +290,35 @@ static uint64_t spare_bytes(struct om_monitor *m)
 	return bytes;
 }
 
+static bool is_quiet(const struct om_monitor *m, const struct om_report *r)
+{
+	return !r->asked && m->last->level == OM_LOW && r->level == OM_LOW &&
+	       isnan(r->seconds_left) && r->number % OFTEN && om_report_fullest(r) < m->usage_asked;
+}
+
+/* Most of a report is room for more places, GPUs and blocks than there are: that stays as it is. */
+static void copy(struct om_report *ret, const struct om_report *r)
+{
+	const struct om_sample *s = &r->sample;
+
+	memcpy(ret, r, offsetof(struct om_report, sample.places));
+	memcpy(ret->sample.places, s->places, s->place_count * sizeof(*s->places));
+	memcpy(ret->sample.gpus, s->gpus, s->gpu_count * sizeof(*s->gpus));
+	memcpy(&ret->peak, &r->peak, offsetof(struct om_peak, blocks));
+	memcpy(ret->peak.blocks, r->peak.blocks, r->peak.count * sizeof(*r->peak.blocks));
+}
+
 static void publish(struct om_monitor *m)
 {
 	const struct om_report *r = &m->next;
 
 	om_mutex_lock(&m->lock);
-	m->report = *r;
+	if (!is_quiet(m, r)) {
+		m->stirs++;
+		om_cond_broadcast(&m->stirred);
+	}
+	m->last = &m->recent[r->number % RECENT];
+	copy(m->last, r);
 	om_history_feed(&m->history, r->sample.at_ns, r->sample.places[r->tightest].used_bytes);
 	om_cond_broadcast(&m->changed);
 	om_mutex_unlock(&m->lock);
@@ -297,6 +334,7 @@ static int take(struct om_monitor *m, uint64_t due_ns)
 	if (code)
 		return code;
 	forget_closed(m);
+	r->asked = !due_ns;
 	r->wall_ns = clock_ns(CLOCK_REALTIME);
 	r->lag_ns = due_ns && r->sample.at_ns > due_ns ? r->sample.at_ns - due_ns : 0;
 	r->spare_bytes = spare_bytes(m);
@@ -326,7 +364,7 @@ int om_monitor_report(struct om_monitor *m, struct om_report *ret)
 
 	if (code)
 		return code;
-	*ret = m->report;
+	*ret = *m->last;
 	om_mutex_unlock(&m->lock);
 	return ret->number ? 0 : om_monitor_sample(m, ret);
 }
@@ -386,6 +424,7 @@ static void stop_locked(struct om_monitor *m)
 	om_mutex_lock(&m->lock);
 	m->joining = m->started = false;
 	om_cond_broadcast(&m->changed);
+	om_cond_broadcast(&m->stirred);
 }
 
 int om_monitor_stop(struct om_monitor *m)
@@ -423,6 +462,7 @@ int om_monitor_close(struct om_monitor *m)
 	om_mutex_lock(&m->lock);
 	m->closed = true;
 	om_cond_broadcast(&m->changed);
+	om_cond_broadcast(&m->stirred);
 	stop_locked(m);
 	om_mutex_unlock(&m->lock);
 	om_mutex_lock(&m->turn);
@@ -437,6 +477,7 @@ void om_monitor_free(struct om_monitor *m)
 	if (!m || om_monitor_close(m))
 		return; /* a child of fork: threads and locks are the parent's */
 	om_cond_fini(&m->wake);
+	om_cond_fini(&m->stirred);
 	om_cond_fini(&m->changed);
 	om_mutex_fini(&m->lock);
 	om_mutex_fini(&m->turn);
@@ -445,27 +486,10 @@ void om_monitor_free(struct om_monitor *m)
 
 /* ---- what it tells ---- */
 
-static int wait_told(struct om_monitor *m, int64_t since, enum om_level level, bool running,
-                     uint64_t deadline_ns, uint64_t *ret_number)
+/* With `lock`, given back: an end for who waited. */
+static int told(struct om_monitor *m, int code)
 {
-	int code = enter_told(m);
-
-	if (code)
-		return code;
-	while (!m->closed) {
-		if (running && (!m->started || m->stopping)) {
-			om_mutex_unlock(&m->lock);
-			return OM_ECANCELED;
-		}
-		*ret_number = m->report.number;
-		if (*ret_number && (int64_t)*ret_number > since && m->report.level >= level)
-			break;
-		if (!om_cond_wait(&m->changed, &m->lock, deadline_ns)) {
-			om_mutex_unlock(&m->lock);
-			return OM_EBUSY;
-		}
-	}
-	code = m->closed ? om_err(OM_ECLOSED, "the monitor is closed") : 0;
+	code = m->closed ? om_err(OM_ECLOSED, "the monitor is closed") : code;
 	om_mutex_unlock(&m->lock);
 	return code;
 }
@@ -473,13 +497,69 @@ static int wait_told(struct om_monitor *m, int64_t since, enum om_level level, b
 int om_monitor_wait(struct om_monitor *m, int64_t since, enum om_level level, uint64_t deadline_ns,
                     uint64_t *ret_number)
 {
-	return wait_told(m, since, level, false, deadline_ns, ret_number);
+	int code = enter_told(m);
+
+	if (code)
+		return code;
+	while (!m->closed) {
+		*ret_number = m->last->number;
+		if (*ret_number && (int64_t)*ret_number > since && m->last->level >= level)
+			return told(m, 0);
+		if (!om_cond_wait(&m->changed, &m->lock, deadline_ns))
+			return told(m, OM_EBUSY);
+	}
+	return told(m, 0);
 }
 
-int om_monitor_follow(struct om_monitor *m, int64_t since, uint64_t deadline_ns,
-                      uint64_t *ret_number)
+int om_monitor_follow(struct om_monitor *m, uint64_t since, double usage, uint64_t deadline_ns,
+                      uint64_t *ret_stirs)
 {
-	return wait_told(m, since, OM_LOW, true, deadline_ns, ret_number);
+	int code = enter_told(m);
+
+	if (code)
+		return code;
+	m->usage_asked = fmin(m->usage_asked, usage);
+	while (!m->closed) {
+		if (!m->started || m->stopping)
+			return told(m, OM_ECANCELED);
+		*ret_stirs = m->stirs;
+		if (m->stirs > since)
+			return told(m, 0);
+		if (!om_cond_wait(&m->stirred, &m->lock, deadline_ns))
+			return told(m, OM_EBUSY);
+	}
+	return told(m, 0);
+}
+
+int om_monitor_stir(struct om_monitor *m)
+{
+	int code = enter_told(m);
+
+	if (code)
+		return code;
+	m->stirs++;
+	om_cond_broadcast(&m->stirred);
+	om_mutex_unlock(&m->lock);
+	return 0;
+}
+
+int om_monitor_recent(struct om_monitor *m, uint64_t since, struct om_report **ret,
+                      size_t *ret_count)
+{
+	int code = enter_told(m);
+	uint64_t last, first;
+
+	if (code)
+		return code;
+	last = m->last->number;
+	first = OM_MAX(since, last - OM_MIN(last, RECENT)) + 1;
+	*ret = om_alloc(last < first ? 1 : last + 1 - first, sizeof(**ret));
+	*ret_count = 0;
+	for (uint64_t n = first; *ret && n <= last; n++)
+		if (!m->recent[n % RECENT].asked)
+			copy(&(*ret)[(*ret_count)++], &m->recent[n % RECENT]);
+	om_mutex_unlock(&m->lock);
+	return *ret ? 0 : -ENOMEM;
 }
 
 int om_monitor_history(struct om_monitor *m, unsigned seconds, struct om_span **ret,

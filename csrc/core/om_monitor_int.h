@@ -39,9 +39,13 @@ struct om_monitor {
 	bool vain;             /* the last action was that there was none */
 
 	struct om_mutex lock;
-	struct om_cond changed; /* a sample was taken, or it is closed */
-	struct om_cond wake;    /* the thread is to stop */
-	struct om_report report;
+	struct om_cond changed;   /* a sample was taken, or it is closed, or its thread ends */
+	struct om_cond stirred;   /* for followers: `stirs` rose, or the same */
+	struct om_cond wake;      /* the thread is to stop */
+	struct om_report *last;   /* of `recent`; its number is 0 before the first sample */
+	struct om_report *recent; /* a ring: sample n in slot n modulo its length */
+	uint64_t stirs;
+	double usage_asked; /* the least that a follower ever waited for */
 	struct om_history history;
 	struct om_action *actions; /* a ring */
 	uint64_t action_count;

@@ -7,15 +7,30 @@
 
 #include "plat/om_sys.h"
 
-#define OM_TEXT_BYTES 65536
+/* ---- sys_text.c ---- */
 
+#define OM_TEXT_BYTES 65536
+#define OM_TEXTS      64u
+
+/* The kernel's text files. With `keep` those that are read again stay open, the first OM_TEXTS of them: reading an open
+ * one costs a third. Only files that the kernel makes as they are read are kept; others may be replaced. */
+struct om_texts {
+	const char *root;
+	bool keep;
+	unsigned count, next; /* next: where the one that is asked for now is likely to be */
+	struct {
+		char *path;
+		int fd;
+	} kept[OM_TEXTS];
+};
+void om_texts_close(struct om_texts *t); /* what is kept */
 /* The file's text, cut at OM_TEXT_BYTES; its length or -errno. */
-int om_text_read(const char *root, const char *directory, const char *name,
+int om_text_read(struct om_texts *t, const char *directory, const char *name,
                  char text[OM_TEXT_BYTES]);
 /* "key value" or "key: value" at the start of a line. */
 bool om_text_find(const char *text, const char *key, uint64_t *ret);
 /* A file that holds one number; false when there is none ("max", no such file). */
-bool om_text_number(const char *root, const char *directory, const char *name, uint64_t *ret);
+bool om_text_number(struct om_texts *t, const char *directory, const char *name, uint64_t *ret);
 
 /* ---- sys_cgroup.c ---- */
 
@@ -27,10 +42,12 @@ struct om_chain {
 	uint64_t told; /* a bit a directory, ours the lowest: it could be read */
 };
 /* Version 1 and version 2. `own`: what /proc/self/cgroup says. */
-void om_chain_find(const char *root, const char *own, struct om_chain ret[2]);
+void om_chain_find(struct om_texts *t, const char *own, struct om_chain ret[2]);
+/* The one that limits memory: version 1 where that is mounted, since a controller is in one hierarchy only. */
+struct om_chain *om_chain_limits(struct om_chain chains[2]);
 /* Add the places of a hierarchy, and with `events` what it says about them. True: one that could be read
  * before cannot be. */
-bool om_chain_read(const char *root, struct om_chain *c, bool events, struct om_sample *ret);
+bool om_chain_read(struct om_texts *t, struct om_chain *c, bool events, struct om_sample *ret);
 
 /* ---- sys_gpu.c ---- */
 

@@ -110,10 +110,10 @@ static void join(const struct hierarchy *h, struct om_chain *ret)
 	snprintf(ret->own, sizeof(ret->own), "%s%s", h->mount, strcmp(below, "/") ? below : "");
 }
 
-void om_chain_find(const char *root, const char *own, struct om_chain ret[2])
+void om_chain_find(struct om_texts *t, const char *own, struct om_chain ret[2])
 {
 	char mounts[OM_TEXT_BYTES];
-	bool any = om_text_read(root, "/proc/self", "mountinfo", mounts) >= 0;
+	bool any = om_text_read(t, "/proc/self", "mountinfo", mounts) >= 0;
 
 	for (int unified = 0; unified < 2; unified++) {
 		struct hierarchy h = { .unified = unified };
@@ -124,22 +124,27 @@ void om_chain_find(const char *root, const char *own, struct om_chain ret[2])
 	}
 }
 
+struct om_chain *om_chain_limits(struct om_chain chains[2])
+{
+	return &chains[chains[0].found ? 0 : 1];
+}
+
 /* One cgroup's limit and what it has left. False: no limit, or not to be read. */
-static bool read_place(const char *root, const char *directory, bool unified, struct om_place *ret)
+static bool read_place(struct om_texts *t, const char *directory, bool unified,
+                       struct om_place *ret)
 {
 	uint64_t limit = UINT64_MAX, high = UINT64_MAX, used, cache = 0;
 	char text[OM_TEXT_BYTES];
 
-	if (!om_text_number(root, directory, unified ? "memory.max" : "memory.limit_in_bytes",
-	                    &limit))
+	if (!om_text_number(t, directory, unified ? "memory.max" : "memory.limit_in_bytes", &limit))
 		limit = UINT64_MAX;
-	if (unified && om_text_number(root, directory, "memory.high", &high))
+	if (unified && om_text_number(t, directory, "memory.high", &high))
 		limit = OM_MIN(limit, high);
 	if (!limit || limit >= NO_LIMIT ||
-	    !om_text_number(root, directory, unified ? "memory.current" : "memory.usage_in_bytes",
+	    !om_text_number(t, directory, unified ? "memory.current" : "memory.usage_in_bytes",
 	                    &used))
 		return false;
-	if (om_text_read(root, directory, "memory.stat", text) > 0)
+	if (om_text_read(t, directory, "memory.stat", text) > 0)
 		om_text_find(text, unified ? "inactive_file" : "total_inactive_file", &cache);
 	used -= OM_MIN(cache, used);
 	*ret = (struct om_place){ .limit_bytes = limit,
@@ -166,29 +171,30 @@ static void count(struct om_sample *s, enum om_strain which, uint64_t n)
 }
 
 /* How often a directory's own limits were met: below it others may have limits, which are not ours. */
-static void read_events(const char *root, const char *directory, bool unified, struct om_sample *s)
+static void read_events(struct om_texts *t, const char *directory, bool unified,
+                        struct om_sample *s)
 {
 	static const char *const names[OM_STRAINS] = { "high", "max", "oom", "oom_kill" };
 	char text[OM_TEXT_BYTES];
 	uint64_t n;
 
 	if (!unified) {
-		if (om_text_number(root, directory, "memory.failcnt", &n))
+		if (om_text_number(t, directory, "memory.failcnt", &n))
 			count(s, OM_STRAIN_MAX, n);
-		if (om_text_read(root, directory, "memory.oom_control", text) > 0 &&
+		if (om_text_read(t, directory, "memory.oom_control", text) > 0 &&
 		    om_text_find(text, "oom_kill", &n))
 			count(s, OM_STRAIN_OOM_KILL, n);
 		return;
 	}
-	if (om_text_read(root, directory, "memory.events.local", text) < 0 &&
-	    om_text_read(root, directory, "memory.events", text) < 0)
+	if (om_text_read(t, directory, "memory.events.local", text) < 0 &&
+	    om_text_read(t, directory, "memory.events", text) < 0)
 		return;
 	for (int i = 0; i < OM_STRAINS; i++)
 		if (om_text_find(text, names[i], &n))
 			count(s, (enum om_strain)i, n);
 }
 
-bool om_chain_read(const char *root, struct om_chain *c, bool events, struct om_sample *ret)
+bool om_chain_read(struct om_texts *t, struct om_chain *c, bool events, struct om_sample *ret)
 {
 	uint64_t told = 0, depth = 0;
 	char directory[2 * PATH_MAX];
@@ -201,12 +207,12 @@ bool om_chain_read(const char *root, struct om_chain *c, bool events, struct om_
 		struct om_place place;
 		char *slash;
 
-		if (read_place(root, directory, c->unified, &place)) {
+		if (read_place(t, directory, c->unified, &place)) {
 			add_place(ret, &place);
 			told |= UINT64_C(1) << OM_MIN(depth, 63);
 		}
 		if (events)
-			read_events(root, directory, c->unified, ret);
+			read_events(t, directory, c->unified, ret);
 		slash = strrchr(directory, '/');
 		if (!slash || strlen(directory) <= c->mount)
 			break;

@@ -515,8 +515,19 @@ class Monitor:
     def report(self) -> dict[str, Any]:
         """The last sample; takes one if there was none."""
 
-    def follow(self, since: int, /) -> int:
-        """The number of the last sample, once it is above `since`; -1: its thread is stopped."""
+    def follow(self, since: int, usage: float | None = None, timeout: float | None = None) -> int:
+        """How many stirs there were, once that is more than `since`, or at the timeout.
+
+        -1: its thread is stopped. A stir is `stir`, and each sample but a quiet one: one that its
+        thread takes while the level is and was LOW, no end is in sight, and less than `usage` is
+        in use of RAM and of each GPU. Every eighth is a stir too.
+        """
+
+    def stir(self) -> None:
+        """Wake who follows."""
+
+    def recent(self, since: int, /) -> list[dict[str, Any]]:
+        """Reports of the samples above `since` that its thread took; of the last 16 at most."""
 
     def wait(self, since: int, level: int | None = None, timeout: float | None = None) -> int:
         """The number of the last sample, once it is above `since` and its level at least `level`.

@@ -23,6 +23,7 @@ __all__ = [
     "Memory",
     "Model",
     "OffloadDecision",
+    "comes_back",
     "due",
     "plan_offloads",
     "plan_restores",
@@ -36,6 +37,8 @@ HORIZON = 60.0
 _LEAD = 2.0
 """A model begins to come back so many times the expected duration ahead of its use."""
 _LEAST_LEAD = 1.0
+_AWAKE = 60.0
+"""A model that was used so many seconds ago at most may be expected again at any moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,14 +301,30 @@ def plan_restores(
     return decisions
 
 
+def _lead(seconds: float) -> float:
+    """How long before its use a model begins to come back that takes so many seconds."""
+    return max(_LEAD * seconds, _LEAST_LEAD)
+
+
+def comes_back(model: Model, now: float) -> float:
+    """Seconds during which a model that is not in memory need not be looked at; 0: none."""
+    if not model.missing_bytes:
+        return math.inf
+    if model.next is not None and now <= model.next + (model.gap or 0.0):
+        seconds = model.missing_bytes * (model.seconds_per_byte or 0.0)
+        return max(model.next - _lead(seconds) - now, 0.0)
+    if model.busy or (model.last is not None and now - model.last < _AWAKE):
+        return 0.0
+    return math.inf
+
+
 def _too_early(model: Model, memory: Memory, config: OffloadConfig, now: float) -> str:
     if memory.usage >= config.restore_threshold:
         return f"not below restore_threshold {config.restore_threshold:.1%}"
     if model.next is None or now > model.next + (model.gap or 0.0):
         return f"when {model.model_id!r} is used next is not known"
     seconds = model.missing_bytes * (model.seconds_per_byte or 0.0)
-    lead = max(_LEAD * seconds, _LEAST_LEAD)
-    if now < model.next - lead:
+    if now < model.next - _lead(seconds):
         return (
             f"{model.model_id!r} is expected to be used in {model.next - now:.1f} s, and takes "
             f"{seconds:.2f} s to come back"

@@ -145,6 +145,8 @@ class MemoryMonitor:
     config : MonitorConfig
     history : deque of MemoryStats
         The last `history_size` records: samples while monitoring runs, and `log_memory_usage`.
+        While nothing happens records are made several at a time, and when somebody looks here:
+        the numbers of pools, cache and store are of then.
     alerts : AlertSystem
         Callbacks for rising pressure.
 
@@ -166,7 +168,10 @@ class MemoryMonitor:
         self.config = MonitorConfig() if config is None else config
         if not isinstance(self.config, MonitorConfig):
             raise TypeError(f"config must be a MonitorConfig, not {type(config).__name__}")
-        self.history: deque[MemoryStats] = deque(maxlen=self.config.history_size)
+        self._history: deque[MemoryStats] = deque(maxlen=self.config.history_size)
+        self._kept = 0
+        """The last sample that is in `history`."""
+        self._keeping = threading.Lock()  # who adds to it does; nobody waits for it
         self.alerts = AlertSystem()
         self._core = _core.Monitor(self._thresholds(), self.config.monitoring_interval)
         self._store = store if store is not None or cache is None else cache.store
@@ -216,6 +221,7 @@ class MemoryMonitor:
             self._core.stop()
         if thread.ident is not None and thread is not threading.current_thread():
             thread.join(_PATIENCE)
+        self._keep()
         self.alerts._wait()
 
     @property
@@ -237,6 +243,12 @@ class MemoryMonitor:
 
     # -- asking ----------------------------------------------------------------------------------
 
+    @property
+    def history(self) -> deque[MemoryStats]:
+        """The last `history_size` records, the oldest first."""
+        self._keep()
+        return self._history
+
     def get_memory_stats(self) -> MemoryStats:
         """Take a sample, and tell all numbers.
 
@@ -245,7 +257,7 @@ class MemoryMonitor:
         ClosedError
             The monitor is closed, or belongs to the process that forked this one.
         """
-        return self._record(self._core.sample(), whole=True)
+        return self._record(self._core.sample(), self._parts(whole=True))
 
     def check_memory_pressure(self) -> MemoryPressure:
         """How short memory is: "low", "warning" or "critical".
@@ -268,8 +280,10 @@ class MemoryMonitor:
             The record. The line goes to the logger "omnimem.monitor" as INFO, with the fields
             `stage`, `pressure`, `usage`, `total_bytes`, `available_bytes` and `rss_bytes`.
         """
-        stats = self._record(self._core.sample(), stage)
-        self.history.append(stats)
+        report = self._core.sample()
+        self._keep()
+        stats = self._record(report, self._parts(), stage)
+        self._history.append(stats)
         total, available = stats.system_memory
         rss = "" if stats.rss is None else f", this process {format_size(stats.rss)}"
         log.info(
@@ -349,12 +363,16 @@ class MemoryMonitor:
         """
         report = self._core.sample()
         return explain(
-            report, self._record(report), self._store, self._core.actions(), self._thresholds()
+            report,
+            self._record(report, self._parts()),
+            self._store,
+            self._core.actions(),
+            self._thresholds(),
         )
 
     def __repr__(self) -> str:
         state = "closed" if not self._end.alive else "running" if self.running else "stopped"
-        return f"<omnimem.MemoryMonitor, {state}, {len(self.history)} records>"
+        return f"<omnimem.MemoryMonitor, {state}, {len(self._history)} records>"
 
     # -- parts -----------------------------------------------------------------------------------
 
@@ -370,14 +388,13 @@ class MemoryMonitor:
         return self._core.report() if self.running else self._core.sample()
 
     def _record(
-        self, report: dict[str, Any], stage: str | None = None, whole: bool = False
+        self, report: dict[str, Any], parts: dict[str, Any], stage: str | None = None
     ) -> MemoryStats:
         gpus = [(total, free) for _, _, _, total, free, *_ in report["gpus"] if total]
         return MemoryStats(
             system_memory=(report["total"], report["available"]),
             gpu_memory=min(gpus, key=lambda gpu: gpu[1] / gpu[0], default=None),
-            pool_stats=self._pool_stats(),
-            cache_stats=self._cache_stats(whole),
+            **parts,
             timestamp=report["wall"],
             stage=stage,
             level=LEVELS[report["level"]],
@@ -388,13 +405,20 @@ class MemoryMonitor:
             rss=report["rss"],
             swap=report["swap"],
             psi=report["psi"],
-            store=self._store_stats(),
             gpus=tuple((name, total, free) for _, _, name, total, free, *_ in report["gpus"]),
             trend=report["trend"],
             slope=report["slope"],
             seconds_to_exhaustion=report["seconds_to_exhaustion"],
             number=report["number"],
         )
+
+    def _parts(self, whole: bool = False) -> dict[str, Any]:
+        """The numbers of a record that are not the core's."""
+        return {
+            "pool_stats": self._pool_stats(),
+            "cache_stats": self._cache_stats(whole),
+            "store": self._store_stats(),
+        }
 
     def _store_stats(self) -> StoreStats | None:
         try:
@@ -414,14 +438,29 @@ class MemoryMonitor:
             return {}
         return self._cache.get_stats() if whole else self._cache._figures()
 
+    def _keep(self) -> None:
+        """Have `history` know of all samples that monitoring took."""
+        if not self._keeping.acquire(blocking=False):
+            return
+        try:
+            reports = self._core.recent(self._kept)
+            parts = self._parts() if reports else {}
+            for report in reports:
+                self._kept = report["number"]
+                self._history.append(self._record(report, parts))
+        except ClosedError:
+            pass  # what there was is there
+        finally:
+            self._keeping.release()
+
     def _notice(self) -> None:
-        """Keep a sample that monitoring took, and have alerts called that it raises."""
+        """Keep what monitoring saw, and have alerts called that it raises."""
         report = self._core.report()
-        stats = self._record(report)
-        self.history.append(stats)
+        self._keep()
         risen = self.alerts._see(report["level"], report["transitions"])
         if risen:
             former, level = (LEVELS[rank] for rank in risen)
+            stats = self._record(report, self._parts())
             text = _suggest(stats)
             self.alerts._tell(Alert(level, former, stats.pressure, stats, text))
 
@@ -454,13 +493,12 @@ def _end(core: _core.Monitor, tally: Tally, owner: int) -> None:
 
 def _watch(core: _core.Monitor, monitor_of: weakref.ref[MemoryMonitor]) -> None:
     """Be the thread of a monitor: it holds none, so that one that is dropped goes."""
-    number = 0
+    stirs = 0
     while True:
-        last = core.follow(number)
+        stirs = core.follow(stirs)
         monitor = monitor_of()
-        if last < 0 or monitor is None or not monitor._owned():
+        if stirs < 0 or monitor is None or not monitor._owned():
             return
-        number = last
         try:
             monitor._notice()
         except ClosedError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +21,7 @@ from omnimem import _core
 from omnimem._offload_choice import (
     Memory,
     OffloadDecision,
+    comes_back,
     plan_offloads,
     plan_restores,
     presses,
@@ -139,7 +142,9 @@ class AutomaticOffloader:
             try:
                 return self._models.add(model, model_id, model_dir).model_id
             except LimitError:  # it comes to memory as it is used
-                return self._models.add(model, model_id, model_dir, resident=False).model_id
+                entry = self._models.add(model, model_id, model_dir, resident=False)
+                _stir(self._core)
+                return entry.model_id
         if model_id not in (None, known.model_id):
             raise ValueError(f"this model is registered as {known.model_id!r}, not {model_id!r}")
         return known.model_id
@@ -169,6 +174,7 @@ class AutomaticOffloader:
         if self._models.known(model) is not None:
             raise ValueError(f"this model is attached already, as {self._id_of(model)!r}")
         entry = self._models.add(model, model_id, model_dir, resident=False)
+        _stir(self._core)
         entry.cap = cap
         if entry.movable.home == "cpu":  # the budget is one of RAM
             entry.movable.on_use = on_use
@@ -289,7 +295,13 @@ class AutomaticOffloader:
         self._stopping = threading.Event()
         self._thread = threading.Thread(
             target=_watch,
-            args=(weakref.ref(self), self._core, self._stopping, self._interval),
+            args=(
+                weakref.ref(self, partial(_stir, self._core)),
+                self._core,
+                self._stopping,
+                self._interval,
+                self.offload_threshold,
+            ),
             name="omnimem-offload",
             daemon=True,
         )
@@ -302,7 +314,7 @@ class AutomaticOffloader:
         if thread is None or thread is threading.current_thread():
             return
         with suppress(ClosedError):
-            self._core.sample()  # wakes who waits for one
+            self._core.sample()  # one that is asked for wakes who waits
         thread.join()
 
     def close(self) -> None:
@@ -345,21 +357,23 @@ class AutomaticOffloader:
         state = "closed" if self._closed else "running" if self.running else "stopped"
         return f"<omnimem.AutomaticOffloader, {state}, {len(self._models)} models>"
 
-    def _step(self, report: Mapping[str, Any]) -> None:
-        """Act on one sample."""
-        for home in {"cpu", *(entry.movable.home for entry in self._models)}:
-            self._step_at(home, memory_of(report, home))
+    def _step(self, report: Mapping[str, Any]) -> float:
+        """Act on one sample; seconds that it needs no other one, unless memory gets short."""
+        homes = {"cpu", *(entry.movable.home for entry in self._models)}
+        return min(self._step_at(home, memory_of(report, home)) for home in homes)
 
-    def _step_at(self, home: str, memory: Memory) -> None:
-        """Act on what a sample says of the memory where models are at home."""
+    def _step_at(self, home: str, memory: Memory) -> float:
+        """Act on what a sample says of the memory where models are at home; see `_step`."""
         pressed = presses(memory, self.config, self._pressed.get(home, False))
         self._pressed[home] = pressed
         mine = [entry for entry in self._models if entry.movable.home == home]
-        if not wanted(memory, self.config, pressed)[0]:  # none has to go: may one come back?
-            back = memory.usage < self.config.restore_threshold
-            mine = [entry for entry in mine if back and entry.movable.missing_bytes()]
+        quiet = not wanted(memory, self.config, pressed)[0]
+        if quiet:  # none has to go: may one come back?
+            mine = [entry for entry in mine if entry.movable.missing_bytes()]
         if not mine:
-            return
+            return math.inf if quiet else 0.0
+        if quiet and memory.usage >= self.config.restore_threshold:
+            return 0.0
         now = time.monotonic()
         models = [self._models.describe(entry.model_id, now) for entry in mine]
         for decision in plan_offloads(memory, models, self.config, now, pressed).values():
@@ -367,13 +381,14 @@ class AutomaticOffloader:
             if decision and entry is not None:
                 self._offload(entry, entry.target, 30.0, decision.reason)
         if pressed:
-            return
+            return 0.0
         spare = max(self._models.spare(), 0) if home == "cpu" else None
         for decision in plan_restores(memory, models, self.config, now, spare).values():
             entry = self._models.get(decision.model_id)
             # What would only stream does so when it is called.
             if decision.action == "restore" and entry is not None:
                 self._fetch(entry, decision)
+        return min(comes_back(model, now) for model in models) if quiet else 0.0
 
     def _fetch(self, entry: Entry, decision: OffloadDecision) -> None:
         """Bring a model back ahead of its use, unless another one took the room meanwhile."""
@@ -433,6 +448,7 @@ class AutomaticOffloader:
     def _note(self, decision: OffloadDecision, level: int = logging.INFO) -> OffloadDecision:
         self.decisions.append(decision)
         if decision:
+            _stir(self._core)
             log.log(level, "%s %r: %s", decision.action, decision.model_id, decision.reason)
         return decision
 
@@ -474,17 +490,30 @@ def _holders(moved: Moved) -> str:
     return f"; held by others, and gone with their last holder: {names}"
 
 
+def _stir(core: Any, _: object = None) -> None:
+    """Have an offloader's thread look: models are elsewhere now, or it is gone."""
+    with suppress(ClosedError):
+        core.stir()
+
+
 def _watch(
     owner: weakref.ref[AutomaticOffloader],
     core: Any,
     stopping: threading.Event,
     interval: float,
+    least: float,
 ) -> None:
-    """The thread: acts on each sample, and takes one itself where the monitor does not."""
-    number = 0
+    """The thread: acts on samples, and takes one itself where the monitor does not."""
+    number = stirs = 0
+    pause = 0.0
     while not stopping.is_set():
         try:
-            seen = core.wait(number, timeout=interval)
+            seen = number
+            if pause and core.running:
+                limit = None if pause == math.inf else pause
+                stirs = max(core.follow(stirs, least, limit), 0)
+            else:
+                seen = core.wait(number, timeout=interval)
             if stopping.is_set():
                 return
             report = core.report() if core.running or seen > number else core.sample()
@@ -493,7 +522,9 @@ def _watch(
                 return
             if report["number"] > number:
                 number = report["number"]
-                offloader._step(report)
+                pause = offloader._step(report)
+            else:  # something happened that no sample knows of yet
+                pause = 0.0
             del offloader
         except ClosedError:
             return

@@ -1,6 +1,7 @@
 /* om_monitor: on a fixture tree whose numbers change, with real stores and banks that it watches: what it does under
  * pressure and what it tells of it, its thread, waiting, peaks, closed stores, the nth failure, threads. */
 #include <errno.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -453,6 +454,76 @@ static void the_thread(void)
 	om_store_unref(s);
 }
 
+static struct om_report *recent(struct om_monitor *m, uint64_t since, size_t *ret_count)
+{
+	struct om_report *all;
+
+	CHECK_EQ(om_monitor_recent(m, since, &all, ret_count), 0);
+	for (size_t i = 0; i < *ret_count; i++)
+		CHECK(!all[i].asked && all[i].number > since && all[i].sample.place_count == 1 &&
+		      (!i || all[i].number > all[i - 1].number));
+	return all;
+}
+
+/* Quiet samples wake nobody who follows, but for every eighth. */
+static void followed(void)
+{
+	struct om_monitor *m = open_monitor(true);
+	uint64_t number, stirs = 7, before;
+	struct om_report *all;
+	size_t count;
+
+	set_used(100);
+	CHECK_EQ(om_monitor_follow(m, 0, INFINITY, SOON, &stirs), OM_ECANCELED);
+	CHECK_EQ(om_monitor_start(m), 0);
+	CHECK_EQ(om_monitor_wait(m, 17, OM_LOW, SOON, &number), 0);
+	CHECK_EQ(om_monitor_stop(m), 0);
+	number = m->last->number;
+	CHECK_EQ(m->stirs, number / 8);
+	all = recent(m, number - 5, &count);
+	CHECK(count == 5 && all[4].number == number);
+	om_free(all);
+	sampled(m); /* asked for: a stir, and none that the thread took */
+	CHECK_EQ(m->stirs, number / 8 + 1);
+	all = recent(m, 0, &count);
+	CHECK_EQ(count, 15);
+	om_free(all);
+	all = recent(m, number + 1, &count);
+	CHECK_EQ(count, 0);
+	om_free(all);
+	CHECK_EQ(om_monitor_start(m), 0);
+	CHECK_EQ(om_monitor_follow(m, UINT64_MAX, INFINITY, om_now() + OM_NSEC / 50, &stirs),
+	         OM_EBUSY);
+	before = m->stirs;
+	CHECK_EQ(om_monitor_stir(m), 0);
+	CHECK_EQ(om_monitor_follow(m, before, INFINITY, SOON, &stirs), 0);
+	CHECK(stirs > before);
+	set_used(1000); /* rises at once; and each sample up there is a stir */
+	for (int i = 0; i < 3; i++)
+		CHECK_EQ(om_monitor_follow(m, stirs, INFINITY, SOON, &stirs), 0);
+	CHECK_EQ(om_monitor_wait(m, 0, OM_CRITICAL, SOON, &number), 0);
+	om_monitor_free(m);
+	m = open_monitor(true);
+	set_used(500);
+	CHECK_EQ(om_monitor_follow(m, 0, 0.4, SOON, &stirs), OM_ECANCELED);
+	CHECK_EQ(om_monitor_start(m), 0);
+	CHECK_EQ(om_monitor_wait(m, 12, OM_LOW, SOON, &number), 0);
+	CHECK_EQ(om_monitor_stop(m), 0);
+	CHECK_EQ(m->stirs, m->last->number); /* all of them: so much is in use */
+	CHECK_EQ(om_monitor_close(m), 0);
+	CHECK_EQ(om_monitor_follow(m, 0, INFINITY, SOON, &stirs), OM_ECLOSED);
+	CHECK_EQ(om_monitor_stir(m), OM_ECLOSED);
+	om_monitor_free(m);
+}
+
+static void *follows(void *arg)
+{
+	uint64_t stirs;
+
+	CHECK_EQ(om_monitor_follow(arg, UINT64_MAX, INFINITY, UINT64_MAX, &stirs), OM_ECLOSED);
+	return NULL;
+}
+
 static void *waits(void *arg)
 {
 	uint64_t number;
@@ -476,6 +547,7 @@ static void *asks(void *arg)
 		om_free(spans);
 		CHECK_EQ(om_monitor_actions(m, 0, &all, &count), 0);
 		om_free(all);
+		om_free(recent(m, 0, &count));
 		om_monitor_running(m);
 	}
 	return NULL;
@@ -510,7 +582,7 @@ static void threads(void)
 {
 	void *(*const runs[])(void *) = { asks, asks, starts, starts, opens, opens };
 	struct om_monitor *m = open_monitor(true);
-	pthread_t t[6], waiter;
+	pthread_t t[6], waiter, follower;
 
 	set_used(990);
 	for (int i = 0; i < 6; i++)
@@ -524,9 +596,11 @@ static void threads(void)
 	m = open_monitor(true);
 	CHECK_EQ(om_monitor_start(m), 0);
 	CHECK_EQ(pthread_create(&waiter, NULL, waits, m), 0);
+	CHECK_EQ(pthread_create(&follower, NULL, follows, m), 0);
 	usleep(50000);
 	CHECK_EQ(om_monitor_close(m), 0);
 	CHECK_EQ(pthread_join(waiter, NULL), 0);
+	CHECK_EQ(pthread_join(follower, NULL), 0);
 	om_monitor_free(m);
 }
 
@@ -535,6 +609,7 @@ static void threads(void)
 static int faulty(struct om_store *s)
 {
 	struct om_monitor_config c = { { 0.75, 0.88, 0.95 }, OM_NSEC, true, dir };
+	struct om_report *reports;
 	struct om_action *all;
 	struct om_span *spans;
 	struct om_monitor *m;
@@ -554,8 +629,12 @@ static int faulty(struct om_store *s)
 		om_free(spans);
 		code = om_monitor_actions(m, 0, &all, &count);
 	}
-	if (!code)
+	if (!code) {
 		om_free(all);
+		code = om_monitor_recent(m, 0, &reports, &count);
+	}
+	if (!code)
+		om_free(reports);
 	om_monitor_free(m);
 	return code;
 }
@@ -600,6 +679,7 @@ int main(void)
 	watching();
 	peaks();
 	the_thread();
+	followed();
 	threads();
 	nth_failure(OM_FAULT_ALLOC, -ENOMEM, 8);
 	nth_failure(OM_FAULT_THREAD, -EAGAIN, 1);

@@ -2,15 +2,17 @@
  * seen from inside a container, unreadable; samples of them, while they change; GPUs of a stand-in for NVML. And
  * once on the real machine. */
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "om_test.h"
-#include "plat/om_sys.h"
+#include "plat/om_sys_int.h"
 
 #define MIB UINT64_C(1048576)
 
@@ -285,6 +287,9 @@ static void a_hybrid(void)
 	put("/cg/memory/one/memory.usage_in_bytes", "134217728\n");
 	put("/cg/memory/one/memory.failcnt", "1\n");
 	put("/cg/unified/other/memory.pressure", "some total=1\nfull total=1\n");
+	put("/cg/unified/other/memory.max",
+	    "1024\n"); /* the controller is not there: nobody looks */
+	put("/cg/unified/other/memory.current", "512\n");
 	sampler = open_sampler();
 	s = sampled(sampler);
 	CHECK_EQ(s.place_count, 3);
@@ -320,6 +325,48 @@ static void a_deep_tree(void)
 	CHECK(!strcmp(om_sample_tightest(&s)->source, "cgroup " V2 "/d0/d1/d2/d3"));
 	expect(1024, 1024 - 954 + 0, "cgroup " V2 "/d0/d1/d2/d3");
 	om_sampler_free(sampler);
+}
+
+/* ---- files that stay open ---- */
+
+static uint64_t pages(struct om_texts *t)
+{
+	static char text[OM_TEXT_BYTES];
+
+	CHECK(om_text_read(t, "/proc/self", "statm", text) > 0);
+	return strtoull(text, NULL, 10);
+}
+
+static void kept(void)
+{
+	struct om_texts here = { .root = root, .keep = true }, t = { .root = "", .keep = true };
+	uint64_t n, before;
+	void *more;
+	int fd;
+
+	empty();
+	put("/number", "1\n");
+	CHECK(om_text_number(&here, "", "number", &n) && n == 1);
+	CHECK_EQ(here.count, 0); /* an ordinary file may be replaced */
+	run("echo 2 > '%s/other' && mv '%s/other' '%s/number'", root, root, root);
+	CHECK(om_text_number(&here, "", "number", &n) && n == 2);
+	before = pages(&t);
+	CHECK_EQ(t.count, 1);
+	more = mmap(NULL, 64 * MIB, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(more != MAP_FAILED && pages(&t) > before); /* read anew */
+	CHECK_EQ(munmap(more, 64 * MIB), 0);
+	CHECK(om_text_number(&t, "/proc/sys/kernel", "pid_max", &n));
+	CHECK_EQ(t.count, 2);
+	fd = open("/dev/null", O_WRONLY);
+	CHECK(dup2(fd, t.kept[0].fd) >= 0 && close(fd) == 0); /* not to be read any more */
+	CHECK(pages(&t) > 0 && pages(&t) > 0);
+	CHECK_EQ(t.count, 2);
+	om_texts_close(&t);
+	CHECK_EQ(t.count, 0);
+	om_fault_arm(OM_FAULT_ALLOC, 1, false);
+	CHECK(pages(&t) > 0); /* without memory it is not kept */
+	CHECK_EQ(t.count, 0);
+	om_fault_reset();
 }
 
 /* ---- GPUs ---- */
@@ -427,6 +474,7 @@ int main(void)
 	moved_mount();
 	a_hybrid();
 	a_deep_tree();
+	kept();
 	gpus();
 	for_real();
 	run("rm -rf '%s'", root);
