@@ -376,7 +376,7 @@ def test_auto_streams_on_a_fast_disk_and_encodes_on_a_slow_one() -> None:
         seconds(make_plan(units, budget, rates=RATES)),
         seconds(make_plan(units, budget, compression="fast", rates=RATES)),
     )
-    for text in ("disk 2.00 GB/s", "fast 20.0 GB/s to 70%", "of what it takes"):
+    for text in ("disk 2.00 GB/s", "fast 20.0 GB/s to 70 %", "of what it takes"):
         assert text in between.reason
 
 

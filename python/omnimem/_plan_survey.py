@@ -29,7 +29,7 @@ from omnimem._plan_layout import (
     read_config,
 )
 from omnimem._plan_units import PLAIN, UnitPlan
-from omnimem.config import CacheConfig
+from omnimem.config import CacheConfig, format_share
 from omnimem.errors import LimitError
 from omnimem.plan import CODINGS, Plan, Rates, make_plan
 
@@ -185,7 +185,7 @@ def _assumed(
             share[compression] = lengths / max(files.total_bytes, 1)
         else:
             notes.append(
-                f"assumed: what is kept encoded takes {ratio:.0%} of its size "
+                f"assumed: what is kept encoded takes {format_share(ratio, 0)} of its size "
                 "(--compression-ratio); measuring would tell"
             )
     return Rates(math.inf, math.inf, {}, share, encoded_as=files.coding), notes

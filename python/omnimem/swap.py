@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 from omnimem import _core
 from omnimem._core import Ticket
 from omnimem.block import REGIONS, Blocks, MemoryBlock, MemoryRegionType
-from omnimem.config import parse_size
+from omnimem.config import format_share, parse_size
 from omnimem.errors import ClosedError
 from omnimem.nvme import NVMeOptimizer
 from omnimem.pressure import MemoryPressureMonitor
@@ -542,7 +542,7 @@ class AdvancedMemorySwapper:
     def __repr__(self) -> str:
         return (
             f"<omnimem.AdvancedMemorySwapper, {len(self._blocks)} blocks, "
-            f"{self._algorithm.value} from {self._threshold:.0%} on>"
+            f"{self._algorithm.value} from {format_share(self._threshold, 0)} on>"
         )
 
     # -- inside ----------------------------------------------------------------------------------
