@@ -8,7 +8,8 @@ blocks stays resident, plain or encoded, and the rest streams through a ring. Th
 - Residents are chosen by expected uses per request: decoder layers run for every token, a vision
   tower once, an embedding that is the head as well twice for every token.
 - Among equals, the streamed units are spread evenly by compute time, for which their bytes stand
-  (decoding is bound by memory): the disk then works while the residents compute.
+  (decoding is bound by memory): the disk then works while the residents compute. In the time of a
+  giant the ring fills and the disk waits, so that a giant counts for no more than one of them.
 - At most one unit is partly resident, cut at tensor boundaries, so that the budget fills.
 - Where bytes may be kept encoded, a pass takes the longer of computing and decoding, and reading:
   what is encoded and what streams is chosen by that time, from measured rates.
