@@ -271,9 +271,9 @@ def claim_short(args: argparse.Namespace, data: dict[str, Any]) -> tuple[list[st
     least = least_read(args.sizes, budget)
     rows = summarise(groups, ["plain", *others], least)
     data["summary"]["short"] = rows
-    show_details(f"Alternating; limit {limit / GB:.2f} GB = {base / GB:.2f} GB + {SHORT:.0%} of "
-                 f"{args.total / GB:.2f} GB (a request must read {least / GB:.2f} GB)", rows,
-                 args.markdown)  # fmt: skip
+    show_details(f"Alternating; limit {limit / GB:.2f} GB = {base / GB:.2f} GB + "
+                 f"{100 * SHORT:.0f} % of {args.total / GB:.2f} GB "
+                 f"(a request must read {least / GB:.2f} GB)", rows, args.markdown)  # fmt: skip
     own = row_of(rows, args.ours)["requests_per_s"]
     rates = {row["contender"]: row["requests_per_s"] for row in rows
              if row["contender"] in PEERS and row["requests_per_s"]}  # fmt: skip

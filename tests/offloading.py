@@ -7,9 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 from omnimem import MonitorConfig
-from omnimem._managed import Moved
+from omnimem._managed import Movable, Moved
+from omnimem._offload_models import Entry
 
 MIB = 1 << 20
+
+
+def restore(movable: Movable, room: int | None = None, timeout: float = 30.0) -> Moved:
+    """Give a model room, by default for all of it, and bring it back, as the offloader does."""
+    entry = Entry(movable, None, has_origin=False)
+    entry.give(movable.nbytes if room is None else room)
+    return entry.fetch(None, timeout)
 
 
 class Samples:
@@ -120,15 +128,6 @@ class Weights:
         self.inside -= gone
         self.state = "disk" if target == "disk" else "evictable"
         return Moved(gone, self.held, False)
-
-    def restore(
-        self, room: int | None = None, target: str | None = None, timeout: float = 30.0
-    ) -> Moved:
-        self._go("restore", room)
-        before, self.inside = self.inside, min(self.nbytes, self.nbytes if room is None else room)
-        streams = self.inside < self.nbytes
-        self.state = "streams" if streams else "resident"
-        return Moved(self.inside - before, (), streams)
 
     def resize(self, room: int) -> None:
         self._go("resize", room)

@@ -182,7 +182,7 @@ def test_the_ratio_is_assumed_until_something_is_measured(
     words = [where, "--ram", str(budget("tiny-llama", 60)), "--no-measure", "--compression", "fast"]
     told = plan_json(capsys, *words)
     assert told["rates"]["share"] == {"fast": CacheConfig().compression_ratio}
-    assert told["notes"][0].startswith("assumed: what is kept encoded takes 50% of its size")
+    assert told["notes"][0].startswith("assumed: what is kept encoded takes 50 % of its size")
     more = plan_json(capsys, *words, "--compression-ratio", "0.9")
     assert more["rates"]["share"] == {"fast": 0.9}
     assert more["plans"][0]["stream_bytes"] > told["plans"][0]["stream_bytes"]

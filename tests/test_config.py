@@ -23,6 +23,7 @@ from omnimem import (
 )
 from omnimem.advanced_config import MIRRORS, PARTS
 from omnimem.cli import main
+from omnimem.config import format_share
 
 GIB = 1 << 30
 
@@ -370,3 +371,10 @@ def test_command_tells_what_is_wrong(
 def test_names() -> None:
     for name in ("AdvancedMemoryConfig", "MonitorConfig", "OffloadConfig"):
         assert name in omnimem.__all__
+
+
+@pytest.mark.parametrize(
+    ("share", "decimals", "text"), [(0.0321, 1, "3.2 %"), (1, 1, "100.0 %"), (0.0321, 0, "3 %")]
+)
+def test_a_share_for_people(share: float, decimals: int, text: str) -> None:
+    assert format_share(share, decimals) == text

@@ -22,6 +22,7 @@ from omnimem import _core
 from omnimem._managed import manage
 
 from .conftest import SOAK, run_python
+from .offloading import restore
 from .torch_models import (
     LARGE,
     SMALL_HEAD,
@@ -133,7 +134,7 @@ def test_the_same_bits_wherever_the_weights_are(preset: str, by: str, roomy: omn
         assert handle.state == "evictable"  # it came back as it was used
         assert handle.missing_bytes() == 0
         roomy.check()
-        assert handle.restore().streams is False
+        assert restore(handle).streams is False
         assert (handle.state, handle.missing_bytes()) == ("resident", 0)
         assert_right(model, preset)
     assert identity(model) == before
@@ -169,7 +170,7 @@ def test_room_for_a_part(by: str, roomy: omnimem.Store) -> None:
     model, handle = model_of(PRESET, by, roomy)
     handle.offload("disk")
     room = handle.nbytes * 7 // 10
-    moved = handle.restore(room)
+    moved = restore(handle, room)
     assert moved.streams
     assert handle.state == "streams"
     assert 0 < handle.host_bytes() <= room
@@ -189,10 +190,10 @@ def test_room_for_a_part(by: str, roomy: omnimem.Store) -> None:
     assert handle.state == "streams"
     assert_right(model, PRESET)
     with pytest.raises(omnimem.LimitError, match="least"):
-        handle.restore(4096)
+        restore(handle, 4096)
     assert handle.state == "streams"
     assert_right(model, PRESET)
-    handle.restore()
+    restore(handle)
     assert handle.state == "resident"
 
 
@@ -211,7 +212,7 @@ def test_two_models_share_what_there_is(open_store: Opener) -> None:
             store.check()
     assert store.stats().host.peak_bytes <= nbytes * 13 // 10
     assert first.host_bytes() + second.host_bytes() <= nbytes * 13 // 10
-    first.restore()
+    restore(first)
     assert first.state == "resident"
     assert_right(two, LARGE)
     first.release()
@@ -302,7 +303,7 @@ def test_ties_views_strides_and_types(roomy: omnimem.Store) -> None:
         move()
         with torch.no_grad():
             assert torch.equal(bits(model(x)), bits(want))
-        handle.restore()
+        restore(handle)
         assert form(model) == before
         for name, param in model.named_parameters():
             assert same_bits(
@@ -395,7 +396,7 @@ def test_a_model_without_memory(roomy: omnimem.Store) -> None:
     assert handle.state == "disk"
     assert handle.host_bytes() == 0
     assert_right(model, PRESET)
-    handle.restore()
+    restore(handle)
     assert handle.state == "resident"
     assert_right(model, PRESET)
     handle.release()
@@ -418,7 +419,7 @@ def test_guards(roomy: omnimem.Store) -> None:
                 refused()
         assert model.to("cpu") is model
         assert_right(model, PRESET)
-    handle.restore()
+    restore(handle)
     state = model.state_dict()
     assert all(same_bits(value, state[name]) for name, value in plain(PRESET).state_dict().items())
     with pytest.raises(RuntimeError, match="convert"):
@@ -486,7 +487,7 @@ def test_what_training_changed_stays(target: str, roomy: omnimem.Store) -> None:
         step(twin, theirs, x)
         handle.offload(target)
         assert handle.state == {"cpu": "evictable"}.get(target, target)
-        handle.restore()
+        restore(handle)
         assert_twins(model, twin)
         roomy.check()
     handle.release()
@@ -512,7 +513,7 @@ def test_what_autograd_holds_stays_right_and_is_named(target: str, roomy: omnime
         held = dict(seen[-1])
         assert held["layers.0.0.weight"] == 64 * 4  # a leaf that is saved as it is
         assert held["layers.0.1.weight"] == 64 * 64 * 4
-        handle.restore()
+        restore(handle)
         assert_twins(model, twin)
     assert handle.offload(target).held == ()
     assert all(map(is_unset, model.parameters()))
@@ -534,7 +535,7 @@ def test_forward_backward_and_step_while_offloaded(roomy: omnimem.Store) -> None
         roomy.check()
     handle.offload("disk")
     assert_right_twin(model, twin, x)
-    handle.restore()
+    restore(handle)
     assert_twins(model, twin)
 
 
@@ -552,7 +553,7 @@ def test_what_others_hold_is_named(roomy: omnimem.Store) -> None:
     del before, view
     assert handle.offload("disk").held == ()
     assert handle.host_bytes() == 0
-    handle.restore()
+    restore(handle)
     assert torch.equal(model.layers[1][1].weight, want)
 
 
@@ -599,9 +600,9 @@ def test_eight_threads_while_one_offloads_and_restores(by: str, open_store: Open
                 case 1:
                     handle.offload("disk")
                 case 2:
-                    handle.restore(timeout=60.0)
+                    restore(handle, timeout=60.0)
                 case 3:
-                    handle.restore(nbytes * 7 // 10, timeout=60.0)
+                    restore(handle, nbytes * 7 // 10, timeout=60.0)
                 case _:
                     handle.resize(nbytes * rng.choice((6, 8, 10)) // 10)
             assert handle.in_use in (True, False)
@@ -617,7 +618,7 @@ def test_eight_threads_while_one_offloads_and_restores(by: str, open_store: Open
     assert not handle.in_use
     handle.offload("disk")
     assert handle.host_bytes() == 0
-    handle.restore()
+    restore(handle)
     with torch.no_grad():
         assert torch.equal(bits(model(x)), bits(want))
 
@@ -631,7 +632,7 @@ def test_use_is_told(roomy: omnimem.Store) -> None:
     def on_use(movable: Any) -> None:
         told.append(movable)
         assert is_unset(next(iter(layers(model)[0].parameters())))  # before any unit is entered
-        movable.restore()
+        restore(movable)
 
     handle.on_use = on_use
     handle.offload("disk")
@@ -704,7 +705,7 @@ def test_a_full_disk_leaves_the_model_as_it_was(open_store: Opener, small_disk: 
         with torch.no_grad():
             assert torch.equal(bits(model(x)), bits(want))
         handle.offload("cpu")
-    handle.restore()
+    restore(handle)
     assert handle.missing_bytes() == 0
     handle.close()
 
@@ -724,7 +725,7 @@ def test_a_checkpoint_that_was_replaced(roomy: omnimem.Store, tmp_path: Path) ->
     with aside.open("r+b") as file:  # the file that is open, too
         file.truncate(len(aside_bytes) // 2)
     with pytest.raises(omnimem.Error, match=shard.name):
-        handle.restore()
+        restore(handle)
     assert handle.state == "disk"
     with pytest.raises(omnimem.Error, match=shard.name):
         forward(model, PRESET)
@@ -735,7 +736,7 @@ def test_a_checkpoint_that_was_replaced(roomy: omnimem.Store, tmp_path: Path) ->
     os.utime(aside, ns=(times.st_atime_ns, times.st_mtime_ns))
     aside.rename(shard)
     assert_right(model, PRESET)
-    handle.restore()
+    restore(handle)
     assert handle.state == "resident"
     assert_right(model, PRESET)
 
@@ -758,7 +759,7 @@ def test_a_failure_leaves_the_model_as_it_was(point: str, move: str, open_store:
             elif move == "offload":
                 handle.offload("disk")
             elif move == "restore":
-                handle.restore()
+                restore(handle)
             else:
                 handle.resize(handle.nbytes * 8 // 10)
                 with torch.no_grad():
@@ -779,7 +780,7 @@ def test_a_failure_leaves_the_model_as_it_was(point: str, move: str, open_store:
         assert_right_twin(model, twin, x)
         store.check()
         if handle is not None:
-            handle.restore()
+            restore(handle)
             assert_twins(model, twin)
             handle.close()
         store.close()
@@ -802,6 +803,9 @@ with torch.no_grad():
 store = omnimem.Store(omnimem.StoreConfig(host_limit="64MiB", disk_limit="64MiB",
                                           directory=sys.argv[1]))
 handle = manage(model, store, "net")
+def back():
+    handle.resize(handle.nbytes)
+    handle.fetch()
 main = threading.main_thread().ident
 done = threading.Event()
 armed, hits = [False], [0]
@@ -820,7 +824,7 @@ signal.signal(signal.SIGINT, handler)
 thread = threading.Thread(target=interrupt)
 thread.start()
 until = time.monotonic() + 4
-moves = [lambda: handle.offload("disk"), handle.restore, lambda: handle.offload("cpu"),
+moves = [lambda: handle.offload("disk"), back, lambda: handle.offload("cpu"),
          lambda: handle.resize(handle.nbytes * 7 // 10), lambda: model(x)]
 i = 0
 while time.monotonic() < until:
@@ -840,7 +844,7 @@ with torch.no_grad():
 assert not handle.in_use
 handle.offload("disk")
 assert handle.host_bytes() == 0, handle.host_bytes()
-handle.restore()
+back()
 with torch.no_grad():
     assert torch.equal(model(x), want)
 handle.release()

@@ -21,6 +21,8 @@ from omnimem._torch_managed import ManagedModule  # noqa: E402
 from omnimem._torch_managed_units import DeviceUnits  # noqa: E402
 from omnimem._torch_parts import parts_of_memory  # noqa: E402
 
+from .offloading import restore  # noqa: E402
+
 
 @pytest.fixture(params=["cuda", "cpu"])
 def device(request: pytest.FixtureRequest) -> Any:
@@ -93,7 +95,7 @@ def test_out_and_back(trio: Any, store: omnimem.Store, device: Any) -> None:
             right(model, twin, x)
             store.check()
         assert all(p.untyped_storage().nbytes() == 4 for p in model.parameters())
-        assert handle.restore().streams is False
+        assert restore(handle).streams is False
         assert (handle.state, handle.host_bytes(), store.names()) == ("resident", 0, [])
         right(model, twin, x)
     assert identity == [id(p) for p in model.parameters()]
@@ -112,7 +114,7 @@ def test_memory_of_the_device_goes(trio: Any, device: Any) -> None:
     before = torch.cuda.memory_allocated()
     handle.offload("cpu")
     assert before - torch.cuda.memory_allocated() > 0.9 * handle.nbytes
-    handle.restore()
+    restore(handle)
 
 
 def test_what_training_changed_stays(trio: Any) -> None:
@@ -126,7 +128,7 @@ def test_what_training_changed_stays(trio: Any) -> None:
             optimizer.step()
         handle.offload("disk" if away else "cpu")
         right(model, twin, x)
-        handle.restore()
+        restore(handle)
         for a, b in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(a, b)
 

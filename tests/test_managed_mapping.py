@@ -15,6 +15,8 @@ import omnimem
 from omnimem import Store
 from omnimem._managed import manage
 
+from .offloading import restore
+
 np = pytest.importorskip("numpy")
 
 
@@ -60,7 +62,7 @@ def test_out_and_back(kind: str, store: Store) -> None:
             assert handle.host_bytes() == 0
         same(mapping)  # read as they are
         assert memoryview(mapping["b"]).nbytes == 14
-        assert handle.restore().streams is False
+        assert restore(handle).streams is False
         assert handle.state == "resident"
         assert [type(value) for value in mapping.values()] == types_before
         same(mapping)
@@ -79,12 +81,12 @@ def test_what_is_written_stays(store: Store) -> None:
     handle.offload("disk")
     np.from_dlpack(mapping["a"])[5, 5] = -1.0
     handle.offload("disk")
-    handle.restore()
+    restore(handle)
     assert mapping["a"][5, 5] == -1.0
     mapping["a"][6, 6] = -2.0
     mapping["b"] = np.arange(3)  # another tensor
     handle.offload("disk")
-    handle.restore()
+    restore(handle)
     assert mapping["a"][5, 5] == -1.0
     assert mapping["a"][6, 6] == -2.0
     assert mapping["b"].tolist() == [0, 1, 2]
@@ -110,10 +112,10 @@ def test_no_room_to_restore(store: Store) -> None:
     mapping = tensors()
     handle = manage(mapping, store, "tensors")
     handle.offload("cpu")
-    assert handle.restore(1_000_000).streams
+    assert restore(handle, 1_000_000).streams
     assert handle.state == "streams"
     same(mapping)
-    assert handle.restore(handle.nbytes).streams is False
+    assert restore(handle, handle.nbytes).streams is False
     assert handle.state == "resident"
     handle.close()
 

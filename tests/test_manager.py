@@ -74,7 +74,7 @@ def test_a_pipeline(
     [line] = [each.getMessage() for each in caplog.records if each.name == "omnimem.manager"]
     assert "\n" not in line
     assert "budget of 64.00 MiB" in line
-    assert "hit rate 50%" in line
+    assert "hit rate 50 %" in line
 
 
 def test_parts_share_one_store(open_manager: Callable[..., AdvancedMemoryManager]) -> None:

@@ -154,7 +154,7 @@ def test_a_restore_that_would_press_streams(
     watch.tell(0.74)
     decision = offloader.restore_model("a")
     assert decision.action == "stream"
-    assert "80.0%" in decision.reason
+    assert "80.0 %" in decision.reason
     assert 59 * MIB < weights["a"].host_bytes() <= 60 * MIB
 
 

@@ -48,8 +48,8 @@ def givers(*models: Model, usage: float = 0.9, pressed: bool = True) -> list[str
 def test_nobody_gives_below_the_threshold() -> None:
     plans = plan_offloads(memory(0.5), [model("a")], CONFIG, NOW, False)
     assert not plans["a"]
-    assert "50.0%" in plans["a"].reason
-    assert "below offload_threshold 80.0%" in plans["a"].reason
+    assert "50.0 %" in plans["a"].reason
+    assert "below offload_threshold 80.0 %" in plans["a"].reason
 
 
 def test_they_give_until_the_lower_threshold() -> None:
@@ -69,7 +69,7 @@ def test_a_reason_has_the_numbers() -> None:
         usage=0.85,
         at=NOW,
     )
-    for number in ("85.0% of 1000.00 MiB", "80.0%", "250.00 MiB too many", "50.0 s ago"):
+    for number in ("85.0 % of 1000.00 MiB", "80.0 %", "250.00 MiB too many", "50.0 s ago"):
         assert number in decision.reason
 
 
@@ -171,7 +171,7 @@ def test_ahead_of_the_predicted_use() -> None:
     assert "expected to be used in 30.0 s, and takes 2.00 s" in decision.reason
     decision = plan_restores(memory(0.3), [early], CONFIG, NOW + 27)["a"]
     assert (decision.action, decision.nbytes) == ("restore", 100 * MIB)
-    assert "40.0%" in decision.reason
+    assert "40.0 %" in decision.reason
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_ahead_of_the_predicted_use() -> None:
     [
         ({"next": None}, 0.3, "is not known"),
         ({"next": NOW - 90, "gap": 80}, 0.3, "is not known"),
-        ({}, 0.6, "not below restore_threshold 60.0%"),
+        ({}, 0.6, "not below restore_threshold 60.0 %"),
         ({"moved": NOW - 4}, 0.3, "last move of 'a' was 4.0 s ago"),
         ({"stays": "paused"}, 0.3, "paused"),
     ],

@@ -187,6 +187,24 @@ def test_evenly_spread(count: int, share: int) -> None:
     assert plan.stream_bytes <= count * layer - (budget - plan.ring_bytes) + layer // 10
 
 
+@pytest.mark.parametrize("giant", [3, 12, 40])
+@pytest.mark.parametrize("share", range(5, 100, 10))
+def test_giants_bunch_nothing(giant: int, share: int) -> None:
+    """An embedding and a head of many layers' size: any stretch of layers streams its part."""
+    count, layer = 32, 100 * PAGE
+    sizes = [("model.embed_tokens", [giant * layer])]
+    sizes += [(f"model.layers.{n}", [layer // 10] * 10) for n in range(count)]
+    sizes += [("lm_head", [giant * layer])]
+    units = lay_out(sizes)
+    budget = max((2 * giant + 2) * layer + count * layer * share // 100, least(units))
+    plan = make_plan(units, min(budget, weights(units) - 1))
+    streamed = [unit.streamed_bytes > 0 for unit in plan.units[1:-1]]
+    part = sum(streamed) / count
+    for first in range(count):
+        for end in range(first + 1, count + 1):
+            assert abs(sum(streamed[first:end]) - part * (end - first)) <= 2
+
+
 def test_the_budget_fills_to_a_tensor() -> None:
     units = stack(10)
     layer = 100 * PAGE
@@ -376,7 +394,7 @@ def test_auto_streams_on_a_fast_disk_and_encodes_on_a_slow_one() -> None:
         seconds(make_plan(units, budget, rates=RATES)),
         seconds(make_plan(units, budget, compression="fast", rates=RATES)),
     )
-    for text in ("disk 2.00 GB/s", "fast 20.0 GB/s to 70%", "of what it takes"):
+    for text in ("disk 2.00 GB/s", "fast 20.0 GB/s to 70 %", "of what it takes"):
         assert text in between.reason
 
 

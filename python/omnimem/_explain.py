@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omnimem.alerts import LEVELS
-from omnimem.config import format_size
+from omnimem.config import format_share, format_size
 from omnimem.errors import ClosedError
 from omnimem.store import GroupStats, Store
 
@@ -80,20 +80,16 @@ def explain(
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def _sentence(
     report: dict[str, Any], actions: Sequence[tuple[Any, ...]], thresholds: Sequence[float]
 ) -> str:
     level = LEVELS[report["level"]].value
     use = (
-        f"{_percent(report['usage'])} of {format_size(report['total'])} ({report['source']}) is in "
-        "use"
+        f"{format_share(report['usage'])} of {format_size(report['total'])} ({report['source']}) "
+        "is in use"
     )
     if report["level"] == 0:
-        state = f"Pressure is {level}: {use}, and it begins at {_percent(thresholds[0])}"
+        state = f"Pressure is {level}: {use}, and it begins at {format_share(thresholds[0])}"
     else:
         state = f"Pressure is {level}: {report['cause'] or use}"
     if not actions:
@@ -193,9 +189,10 @@ def _course(report: dict[str, Any], thresholds: Sequence[float]) -> Iterator[_Ro
     )
     if report["psi"] is not None and report["psi"][0] >= 0.0005:
         some, full = report["psi"]
-        yield "waiting for memory", "", f"some tasks {_percent(some)}, all {_percent(full)} of time"
+        time = f"some tasks {format_share(some)}, all {format_share(full)} of time"
+        yield "waiting for memory", "", time
     marks = zip(("medium", "high", "critical"), thresholds, strict=True)
-    yield "pressure begins", "", ", ".join(f"{name} {_percent(share)}" for name, share in marks)
+    yield "pressure begins", "", ", ".join(f"{name} {format_share(share)}" for name, share in marks)
 
 
 def _done(actions: Sequence[tuple[Any, ...]]) -> Iterator[_Row]:

@@ -29,7 +29,7 @@ class Moved:
     """What moving a model's weights came to."""
 
     nbytes: int
-    """Bytes that left memory or may leave it from now on (`offload`), or that came (`restore`)."""
+    """Bytes that left memory or may leave it from now on (`offload`), or that came (`fetch`)."""
     held: tuple[tuple[str, int], ...] = ()
     """What somebody else still holds (views, autograd's saved tensors): names and bytes."""
     streams: bool = False
@@ -73,11 +73,6 @@ class Movable(Protocol):
 
     def offload(self, target: str, timeout: float = 30.0) -> Moved:
         """Let the weights go: to "cpu" (memory, as long as nobody else needs it) or to "disk"."""
-
-    def restore(
-        self, room: int | None = None, target: str | None = None, timeout: float = 30.0
-    ) -> Moved:
-        """Bring the weights back, in at most `room` bytes of memory; what is left streams."""
 
     def resize(self, room: int) -> None:
         """Have at most `room` bytes of memory from now on; what stays comes when it is used."""
@@ -316,18 +311,6 @@ class ManagedMapping:
             if info.leases or (alive and "host" not in info.tiers):
                 held.append((key, info.nbytes))
         return tuple(held)
-
-    def restore(
-        self, room: int | None = None, target: str | None = None, timeout: float = 30.0
-    ) -> Moved:
-        """Make the values tensors in memory again, if `room` is enough for all of them.
-
-        If it is not, they stay blocks, of which at most `room` bytes are in memory at a time.
-        """
-        self._alive()
-        check_target(target, (None, "cpu"))
-        self.resize(self.nbytes if room is None else room)
-        return self.fetch(target, timeout)
 
     def fetch(self, target: str | None = None, timeout: float = 30.0) -> Moved:
         """Make the values tensors in memory again, unless `resize` gave less than they need."""

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from omnimem.config import OffloadConfig, format_size
+from omnimem.config import OffloadConfig, format_share, format_size
 
 __all__ = [
     "HORIZON",
@@ -92,7 +92,7 @@ class Memory:
         return (share - self.usage) * self.total / self.slope
 
     def __str__(self) -> str:
-        return f"{self.usage:.1%} of {format_size(self.total)} in use"
+        return f"{format_share(self.usage)} of {format_size(self.total)} in use"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,17 +210,17 @@ def wanted(memory: Memory, config: OffloadConfig, pressed: bool) -> tuple[int, s
     begins, ends = config.offload_threshold, config.restore_threshold
     if pressed:
         want = max(memory.used - int(ends * memory.total), 1)
-        edge = f"at or above offload_threshold {begins:.1%}"
+        edge = f"at or above offload_threshold {format_share(begins)}"
         if memory.usage < begins:
-            edge = f"still above restore_threshold {ends:.1%}"
+            edge = f"still above restore_threshold {format_share(ends)}"
         return want, f"{memory}, {edge}, {format_size(want)} too many", 0.0
     seconds = memory.seconds_until(begins)
     if seconds > HORIZON or memory.slope is None:
-        return 0, f"{memory}, below offload_threshold {begins:.1%}", math.inf
+        return 0, f"{memory}, below offload_threshold {format_share(begins)}", math.inf
     want = max(int(memory.slope * (HORIZON - seconds)), 1)
     why = (
         f"{memory}, growing by {format_size(memory.slope)} a second: in {seconds:.1f} s it "
-        f"reaches offload_threshold {begins:.1%}"
+        f"reaches offload_threshold {format_share(begins)}"
     )
     return want, why, seconds
 
@@ -320,7 +320,7 @@ def comes_back(model: Model, now: float) -> float:
 
 def _too_early(model: Model, memory: Memory, config: OffloadConfig, now: float) -> str:
     if memory.usage >= config.restore_threshold:
-        return f"not below restore_threshold {config.restore_threshold:.1%}"
+        return f"not below restore_threshold {format_share(config.restore_threshold)}"
     if model.next is None or now > model.next + (model.gap or 0.0):
         return f"when {model.model_id!r} is used next is not known"
     seconds = model.missing_bytes * (model.seconds_per_byte or 0.0)
@@ -351,7 +351,7 @@ def restore(
     """
     free = memory.room(config.offload_threshold) + idle
     fits = model.missing_bytes < free
-    limit = f"offload_threshold {config.offload_threshold:.1%}"
+    limit = f"offload_threshold {format_share(config.offload_threshold)}"
     if room is not None and room < free:
         free, limit = max(room, 0), "the budget"
         fits = model.missing_bytes <= free
@@ -360,7 +360,8 @@ def restore(
         reason = f"all of {model.model_id!r} is in memory, and stays from now on"
     elif fits:
         after = (memory.used + max(model.missing_bytes - idle, 0)) / memory.total
-        reason = f"{need} come back; {after:.1%} of memory are in use then, within {limit}"
+        then = f"{format_share(after)} of memory are in use then"
+        reason = f"{need} come back; {then}, within {limit}"
     else:
         reason = f"{need} do not fit: {memory}, {format_size(free)} free below {limit}; it streams"
     return OffloadDecision(

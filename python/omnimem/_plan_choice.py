@@ -270,9 +270,14 @@ def _fewest(
 
 
 def _spread(cycle: list[UnitPlan], group: list[UnitPlan], count: int) -> set[str]:
-    """So many units of `group`, evenly placed in the time of the cycle."""
-    span = sum(unit.host_bytes for unit in cycle)
-    times = itertools.accumulate((unit.host_bytes for unit in cycle), initial=0)
+    """So many units of `group`, evenly placed in the time of the cycle.
+
+    A unit counts for no more than the largest of the group: while it computes, the ring takes but
+    one unit. Places in the time of a giant would only bunch the units beside it.
+    """
+    largest = max((unit.host_bytes for unit in group), default=0)
+    sizes = [min(unit.host_bytes, largest) for unit in cycle]
+    span, times = sum(sizes), itertools.accumulate(sizes, initial=0)
     starts = {unit.name: at for unit, at in zip(cycle, times, strict=False)}
     first = starts[group[0].name] if group else 0
     left = {unit.name: (starts[unit.name] - first) % span for unit in group}

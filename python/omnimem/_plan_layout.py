@@ -28,7 +28,7 @@ Compute = Callable[[Store, Sequence[str], str], float]
 
 _LITTLE = 32 << 20
 _EXPERTS = re.compile(r"\.experts\.|\.block_sparse_moe\.")
-_EMBEDDING = re.compile(r"(^|[._])(embed|embeddings?|embed_tokens|wte|wpe)($|[._])")
+_EMBEDDING = re.compile(r"(^|[._])(embed|embeddings?|embed_tokens|shared|wte|wpe)($|[._])")
 _GENERATES = re.compile(r"For(CausalLM|ConditionalGeneration)$|LMHeadModel$")
 
 
@@ -122,6 +122,27 @@ def measure_plan(
 # -- folders ---------------------------------------------------------------------------------------
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json says."""
+    path = folder / "config.json"
+    return parse_json(path.read_bytes(), path, "config")
+
+
+def class_name(config: Mapping[str, Any]) -> str:
+    """The model's class, as diffusers or transformers write it; "": the config does not say."""
+    return str(config.get("_class_name") or (config.get("architectures") or [""])[0])
+
+
+def library_of(config: Mapping[str, Any]) -> str:
+    """Which library has the model's class: "diffusers" or "transformers"."""
+    return "diffusers" if "_class_name" in config else "transformers"
+
+
+def generates(model: str) -> bool:
+    """Does a model of this class generate tokens, one a pass?"""
+    return bool(_GENERATES.search(model))
+
+
 def check_folder(files: checkpoint.Checkpoint, folder: Path) -> None:
     """Refuse what no model can be built from.
 
@@ -163,8 +184,7 @@ def layout_of_names(files: checkpoint.Checkpoint, folder: Path) -> Layout:
     FormatError
         config.json is no JSON object.
     """
-    path = folder / "config.json"
-    config = parse_json(path.read_bytes(), path, "config")
+    config = read_config(folder)
     names = {name: _place(unit) for name, unit in unit_names(files.names()).items()}
     ordered = sorted(names, key=lambda name: names[name])
     heads = [name for name in ordered if name.rpartition(".")[0].endswith("lm_head")]
@@ -191,8 +211,7 @@ def _tied(config: Mapping[str, Any], *, has_head: bool) -> bool:
     for part in (config, text if isinstance(text, dict) else {}):
         if isinstance(part.get("tie_word_embeddings"), bool):
             return bool(part["tie_word_embeddings"])
-    classes = config.get("architectures") or [""]
-    return not has_head and bool(_GENERATES.search(str(classes[0])))
+    return not has_head and generates(class_name(config))
 
 
 def _object(config: Mapping[str, Any]) -> Any:

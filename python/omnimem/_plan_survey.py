@@ -20,13 +20,16 @@ from omnimem._plan_layout import (
     Compute,
     Layout,
     check_folder,
+    class_name,
+    generates,
     layout_of_names,
+    library_of,
     measure_plan,
     plan_layout,
+    read_config,
 )
 from omnimem._plan_units import PLAIN, UnitPlan
-from omnimem._safetensors import parse_json
-from omnimem.config import CacheConfig
+from omnimem.config import CacheConfig, format_share
 from omnimem.errors import LimitError
 from omnimem.plan import CODINGS, Plan, Rates, make_plan
 
@@ -39,8 +42,10 @@ class Forecast:
 
     plan: Plan
     """As `load` would make it."""
+    pass_bytes: int
+    """Read by a pass: that of a token, or through every unit where the model generates none."""
     pass_seconds: float | None
-    """Of a decode pass; None: the disk's rate is not known."""
+    """Of such a pass; None: the disk's rate is not known."""
     prefill_seconds: float | None
     """Reading alone, of a pass through every unit; None: the disk's rate is not known."""
 
@@ -51,7 +56,9 @@ class Survey:
 
     folder: Path
     model: str
-    """Class in transformers; "": config.json does not say."""
+    """Class in transformers or diffusers; "": config.json does not say."""
+    generates: bool
+    """Is a pass a token's?"""
     files: int
     tensors: int
     weight_bytes: int
@@ -91,7 +98,7 @@ def survey(
     Parameters
     ----------
     model_dir : path
-        A Hugging Face folder: config.json and safetensors files.
+        A Hugging Face folder, of transformers or diffusers: config.json and safetensors files.
     budgets : sequence of int
         Bytes for weights, the ring included.
     compression : str, optional
@@ -154,8 +161,9 @@ def _layout(files: checkpoint.Checkpoint, folder: Path) -> tuple[Layout, str, Co
         return layout_of_names(files, folder), "names", _uncounted, notes
     import omnimem.torch as omnimem_torch
 
-    if importlib.util.find_spec("transformers") is None:
-        notes = ["transformers is not installed: units are told by their names"]
+    library = library_of(read_config(folder))
+    if importlib.util.find_spec(library) is None:
+        notes = [f"{library} is not installed: units are told by their names"]
         return layout_of_names(files, folder), "names", omnimem_torch.compute_rate, notes
     return omnimem_torch.layout(files, folder), "model", omnimem_torch.compute_rate, []
 
@@ -177,7 +185,7 @@ def _assumed(
             share[compression] = lengths / max(files.total_bytes, 1)
         else:
             notes.append(
-                f"assumed: what is kept encoded takes {ratio:.0%} of its size "
+                f"assumed: what is kept encoded takes {format_share(ratio, 0)} of its size "
                 "(--compression-ratio); measuring would tell"
             )
     return Rates(math.inf, math.inf, {}, share, encoded_as=files.coding), notes
@@ -198,10 +206,11 @@ def _describe(
     for tensor in tensors:
         dtype = files.info(tensor.name).dtype
         dtypes[dtype] = dtypes.get(dtype, 0) + tensor.nbytes
-    config = parse_json((folder / "config.json").read_bytes(), folder / "config.json", "config")
+    model = class_name(read_config(folder))
     return Survey(
         folder=folder,
-        model=str((config.get("architectures") or [""])[0]),
+        model=model,
+        generates=generates(model),
         files=len(files.files),
         tensors=len(tensors),
         weight_bytes=sum(tensor.nbytes for tensor in tensors),
@@ -213,7 +222,7 @@ def _describe(
         rates=rates,
         measured=measured,
         notes=tuple(notes),
-        forecasts=tuple(_forecast(plan, rates) for plan in plans),
+        forecasts=tuple(_forecast(plan, rates, generates(model)) for plan in plans),
     )
 
 
@@ -226,12 +235,14 @@ def _least(layout: Layout) -> int:
     return 0
 
 
-def _forecast(plan: Plan, rates: Rates | None) -> Forecast:
+def _forecast(plan: Plan, rates: Rates | None, tokens: bool) -> Forecast:
+    read = plan.stream_bytes if tokens else plan.prefill_bytes
     if rates is None or math.isinf(rates.read):
-        return Forecast(plan, None, None)
+        return Forecast(plan, read, None, None)
     return Forecast(
         plan,
-        pass_seconds(plan.units, rates, decode=True),
+        read,
+        pass_seconds(plan.units, rates, decode=tokens),
         plan.prefill_bytes / rates.read,
     )
 

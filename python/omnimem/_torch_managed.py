@@ -266,35 +266,6 @@ class ManagedModule(Uncopied):
         left = had - self.host_bytes() if target == "disk" else self.nbytes
         return Moved(max(left, 0), self._held(target))
 
-    def restore(
-        self, room: int | None = None, target: str | None = None, timeout: float = 30.0
-    ) -> Moved:
-        """Bring the weights back, or, if `room` is less, what is best kept in that much memory.
-
-        When it fails, the model is as it was.
-
-        Raises
-        ------
-        LimitError
-            The room is too small to stream in.
-        CorruptError, IOFailure
-            They could not be read; the error names block and file.
-        BusyError
-            No memory for them at the deadline.
-        """
-        self._alive()
-        check_target(target, (None, self._home))
-        before, missing = self._wish, self.missing_bytes()
-        wish = self._wish_for(room)
-        try:
-            self._apply(wish)
-            self._bring(wish, timeout)
-        except BaseException:
-            if self._wish is wish:  # nobody asked for anything else meanwhile
-                self._go_back(before, timeout)
-            raise
-        return Moved(max(missing - self.missing_bytes(), 0), (), wish.kept != self._all)
-
     def fetch(self, target: str | None = None, timeout: float = 30.0) -> Moved:
         """Bring in what is to stay, as `resize` said; what is told to go meanwhile goes.
 
@@ -331,13 +302,10 @@ class ManagedModule(Uncopied):
         self._alive()
         self._apply(self._wish_for(room))
 
-    def _wish_for(self, room: int | None) -> _Wish:
+    def _wish_for(self, room: int) -> _Wish:
         """What is kept in that much memory, by the rules of `make_plan`: whole units."""
         if self.home == "cpu":
-            most = parse_size(self._store.config.host_limit)
-            room = most if room is None else min(room, most)
-        elif room is None:
-            return _Wish(self._all)
+            room = min(room, parse_size(self._store.config.host_limit))
         plan = make_plan(
             (
                 (unit.module, [tensor for part in unit.parts for tensor in part.tensors()])

@@ -43,12 +43,12 @@ def level_of(level: str | MemoryPressureLevel) -> MemoryPressureLevel:
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """What a callback is told: the level of memory pressure has risen."""
+    """What a callback is told: memory pressure has risen to a level, or has reached it already."""
 
     level: MemoryPressureLevel
     """The level that was entered."""
     previous: MemoryPressureLevel
-    """The level before."""
+    """The level before; `level` itself for a callback that was added when it was reached."""
     pressure: MemoryPressure
     """The pressure when this was noticed."""
     stats: MemoryStats
@@ -100,6 +100,11 @@ class AlertHandle:
         self._last = float("-inf")
         self._told = 0
 
+    @property
+    def _new(self) -> bool:
+        """Was it never told anything?"""
+        return self._last == float("-inf")
+
     def __repr__(self) -> str:
         name = getattr(self.callback, "__qualname__", repr(self.callback))
         return f"<alert {name} from {self.level.value} on, {self.calls} calls>"
@@ -120,9 +125,10 @@ class AlertSystem:
 
     While monitoring runs, a callback is called with one `Alert` whenever the level of memory
     pressure rises to its own level or above: on a thread of its own, without any lock, so that it
-    may take its time, allocate, ask the monitor, stop it, add and remove callbacks. What happens
-    while it runs is told afterwards, the newest alert only. One that raises is logged once, to
-    the logger "omnimem.monitor", and counted. All methods may be called from any thread.
+    may take its time, allocate, ask the monitor, stop it, add and remove callbacks. One that is
+    added while its level is reached is told so at the next sample. What happens while a callback
+    runs is told afterwards, the newest alert only. One that raises is logged once, to the logger
+    "omnimem.monitor", and counted. All methods may be called from any thread.
     """
 
     def __init__(self) -> None:
@@ -139,7 +145,7 @@ class AlertSystem:
         once: bool = False,
         min_interval: float = 0.0,
     ) -> AlertHandle:
-        """Have a callback called when the level rises.
+        """Have a callback called when the level rises, and once if it is reached already.
 
         Parameters
         ----------
@@ -208,17 +214,24 @@ class AlertSystem:
     # -- the monitor's ---------------------------------------------------------------------------
 
     def _see(self, level: int, transitions: dict[int, int]) -> tuple[int, int] | None:
-        """Take a sample's level; (former, new) when it has risen, however shortly."""
+        """Take a sample's level; (former, new) when it has risen, however shortly.
+
+        The level twice when it has not, and is one that somebody has never been told.
+        """
         entered = [n for n, count in transitions.items() if count > self._seen.get(n, 0)]
         former, self._level, self._seen = self._level, level, dict(transitions)
         highest = max(entered, default=0)
-        return (min(former, highest - 1), highest) if highest and highest >= former else None
+        if highest and highest >= former:
+            return min(former, highest - 1), highest
+        return (level, level) if any(handle._new for handle in self.active) else None
 
     def _tell(self, alert: Alert) -> None:
         """Have all callbacks called that want to know."""
         rank, now = LEVELS.index(alert.level), time.monotonic()
         for handle in list(self._alerts):
             if rank < LEVELS.index(handle.level):
+                continue
+            if alert.previous is alert.level and not handle._new:
                 continue
             if rank <= handle._told and now - handle._last < handle.min_interval:
                 continue

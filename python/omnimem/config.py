@@ -62,6 +62,11 @@ def format_size(nbytes: float) -> str:
     return f"{nbytes:.2f} TiB"
 
 
+def format_share(share: float, decimals: int = 1) -> str:
+    """A part of 1 for people: "3.2 %"."""
+    return f"{100 * share:.{decimals}f} %"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoreConfig(Settings):
     """What a `Store` may use. Sizes are bytes, or strings such as "2GiB" (kept as bytes)."""

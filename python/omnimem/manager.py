@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import ExitStack
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from omnimem import _core
@@ -15,7 +14,7 @@ from omnimem._storage import open_store
 from omnimem.advanced_config import AdvancedMemoryConfig
 from omnimem.block import MemoryBlock
 from omnimem.cache import ModelWeightCache
-from omnimem.config import format_size, parse_size
+from omnimem.config import format_share, format_size, parse_size
 from omnimem.errors import ClosedError
 from omnimem.monitor import MemoryMonitor, MemoryStats
 from omnimem.offload import AutomaticOffloader
@@ -214,18 +213,13 @@ class AdvancedMemoryManager:
             len(self.offloader._models),
             len([each for each in self.offloader.decisions if each]),
             "off" if cached is None else format_size(self.weight_cache.current_size),  # type: ignore[union-attr]
-            "-" if cached is None else f"{cached['hit_rate']:.0%}",
+            "-" if cached is None else format_share(cached["hit_rate"], 0),
         )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        trace: TracebackType | None = None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.cleanup()
 
     def __repr__(self) -> str:

@@ -17,7 +17,7 @@ from omnimem import _core
 from omnimem._explain import explain
 from omnimem.alerts import LEVELS, Alert, AlertSystem, Tally, level_of
 from omnimem.cache import ModelWeightCache
-from omnimem.config import MonitorConfig, format_size
+from omnimem.config import MonitorConfig, format_share, format_size
 from omnimem.errors import ClosedError
 from omnimem.pools import MemoryPoolManager, PoolStats
 from omnimem.pressure import MemoryPressureLevel
@@ -287,9 +287,9 @@ class MemoryMonitor:
         total, available = stats.system_memory
         rss = "" if stats.rss is None else f", this process {format_size(stats.rss)}"
         log.info(
-            "%s: %.1f %% of %s in use (%s), %s available%s, pressure %s",
+            "%s: %s of %s in use (%s), %s available%s, pressure %s",
             stage,
-            100 * stats.usage,
+            format_share(stats.usage),
             format_size(total),
             stats.source,
             format_size(available),

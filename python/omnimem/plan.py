@@ -8,7 +8,8 @@ blocks stays resident, plain or encoded, and the rest streams through a ring. Th
 - Residents are chosen by expected uses per request: decoder layers run for every token, a vision
   tower once, an embedding that is the head as well twice for every token.
 - Among equals, the streamed units are spread evenly by compute time, for which their bytes stand
-  (decoding is bound by memory): the disk then works while the residents compute.
+  (decoding is bound by memory): the disk then works while the residents compute. In the time of a
+  giant the ring fills and the disk waits, so that a giant counts for no more than one of them.
 - At most one unit is partly resident, cut at tensor boundaries, so that the budget fills.
 - Where bytes may be kept encoded, a pass takes the longer of computing and decoding, and reading:
   what is encoded and what streams is chosen by that time, from measured rates.
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 
 from omnimem._plan_choice import Choice, Rates, choose, pass_seconds, ring_bytes
 from omnimem._plan_units import PAGE, PLAIN, Run, Tensor, UnitPlan, runs_of
+from omnimem.config import format_share
 
 __all__ = ["PAGE", "Plan", "Rates", "Run", "Tensor", "UnitPlan", "make_plan", "uses_of"]
 
@@ -136,14 +138,15 @@ def _decide(
     if best.coding is None or best.cost > _WORTH * without.cost:
         return without, f"keeping bytes encoded would hardly be faster ({_measured(rates)})"
     return best, (
-        f"{best.coding}: a request is expected to take {best.cost / without.cost:.0%} of what it "
-        f"takes with nothing kept encoded ({_measured(rates)})"
+        f"{best.coding}: a request is expected to take "
+        f"{format_share(best.cost / without.cost, 0)} of what it takes with nothing kept "
+        f"encoded ({_measured(rates)})"
     )
 
 
 def _measured(rates: Rates) -> str:
     decode = ", ".join(
-        f"{coding} {rate / 1e9:.1f} GB/s to {rates.share[coding]:.0%}"
+        f"{coding} {rate / 1e9:.1f} GB/s to {format_share(rates.share[coding], 0)}"
         for coding, rate in rates.decode.items()
     )
     computing = f"{rates.compute / 1e9:.1f} GB/s" if math.isfinite(rates.compute) else "unknown"

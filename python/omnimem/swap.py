@@ -8,13 +8,12 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from omnimem import _core
 from omnimem._core import Ticket
 from omnimem.block import REGIONS, Blocks, MemoryBlock, MemoryRegionType
-from omnimem.config import parse_size
+from omnimem.config import format_share, parse_size
 from omnimem.errors import ClosedError
 from omnimem.nvme import NVMeOptimizer
 from omnimem.pressure import MemoryPressureMonitor
@@ -531,18 +530,13 @@ class AdvancedMemorySwapper:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        trace: TracebackType | None = None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.cleanup()
 
     def __repr__(self) -> str:
         return (
             f"<omnimem.AdvancedMemorySwapper, {len(self._blocks)} blocks, "
-            f"{self._algorithm.value} from {self._threshold:.0%} on>"
+            f"{self._algorithm.value} from {format_share(self._threshold, 0)} on>"
         )
 
     # -- inside ----------------------------------------------------------------------------------

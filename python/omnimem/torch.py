@@ -27,11 +27,14 @@ from omnimem._plan_layout import (
     Layout,
     check_folder,
     lay_out,
+    library_of,
     measure_plan,
     plan_layout,
+    read_config,
     refuse_experts,
 )
 from omnimem._torch_checks import check_fit, infos, main_dtype, refuse_cast
+from omnimem._torch_outline import outline
 from omnimem._torch_streamed import Streamed
 from omnimem._torch_units import unset, uses_of
 from omnimem.config import StoreConfig, parse_size
@@ -157,12 +160,15 @@ def _build(files: checkpoint.Checkpoint, folder: Path, dtype: torch.dtype | str 
 
 
 def layout(files: checkpoint.Checkpoint, folder: Path) -> Layout:
-    """What the model in a folder uses of its checkpoint, as `load` would; no weight is read.
+    """What the model in a folder uses of its checkpoint, as `load` or `attach` would.
 
-    Raises as `load` does.
+    No weight is read. Raises as `load` does.
     """
+    check_folder(files, folder)
     with torch.inference_mode(False):
-        return _layout(_build(files, folder, None), files, folder)
+        diffuses = library_of(read_config(folder)) == "diffusers"
+        model = outline(files, folder) if diffuses else _build(files, folder, None)
+        return _layout(model, files, folder)
 
 
 def _layout(model: nn.Module, files: checkpoint.Checkpoint, folder: Path) -> Layout:

@@ -34,8 +34,12 @@ def parse_budget(text: str, weight_bytes: int, name: str = "--budget") -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers from the network and from drawing on the terminal. Call before import."""
+    """Keep transformers and diffusers from the network, and from drawing on the terminal.
+
+    Call before import.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging: Any = import_module("transformers.utils.logging")
     logging.set_verbosity_error()

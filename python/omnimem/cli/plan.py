@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from omnimem import checkpoint
+from omnimem._plan_parts import Parts, parts_of, weight_bytes
 from omnimem.cli._common import columns, parse_budget, quiet_libraries, show_size
 from omnimem.config import CacheConfig, parse_size
+from omnimem.errors import LimitError
 
 if TYPE_CHECKING:
     from omnimem._plan_survey import Fold, Forecast, Survey
@@ -81,29 +82,81 @@ def plan_command(
     """Tell what a budget would keep of the model in MODEL_DIR, and how long a token would take.
 
     It is the plan that run makes for that budget. Only headers are read, and what is measured.
+
+    MODEL_DIR may be one of diffusers, too: a model, or a pipeline. The parts of a pipeline run one
+    after another, so that each may have the whole budget: AdvancedMemoryManager.attach gives it to
+    the one in use. As it keeps nothing encoded, "auto" is "off" for them.
     """
-    with checkpoint.open(model_dir) as opened:
-        sizes = [parse_budget(text, opened.total_bytes, "--ram") for text in budgets]
+    parts = parts_of(model_dir)
+    total = weight_bytes(parts)
+    sizes = [parse_budget(text, total, "--ram") for text in budgets]
+    unencoded = ("off", "auto") if parts.model else ("off",)
+    found: dict[str, Survey] = {}
     with Console(stderr=True).status("planning"):
         if importlib.util.find_spec("transformers") is not None:
             quiet_libraries()
         from omnimem._plan_survey import survey
 
-        found = survey(
-            model_dir,
-            sizes,
-            compression=None if compression == "off" else compression,
-            measure=measure,
-            read_rate=read_rate,
-            compression_ratio=compression_ratio,
-        )
+        for name, folder in parts.folders.items():
+            try:
+                found[name] = survey(
+                    folder,
+                    sizes,
+                    compression=None if compression in unencoded else compression,
+                    measure=measure,
+                    read_rate=read_rate,
+                    compression_ratio=compression_ratio,
+                )
+            except LimitError as error:
+                if name:
+                    error.args = (f"{name}: {error}",)
+                raise
     if as_json:
-        click.echo(json.dumps(to_json(found), indent=2))
+        told = pipeline_json(model_dir, parts, found) if parts.model else to_json(found[""])
+        click.echo(json.dumps(told, indent=2))
+        return
+    console = Console(width=columns())
+    if parts.model:
+        _show_pipeline(model_dir, parts, sizes, found, console)
     else:
-        _show(found, Console(width=columns()))
+        _show(found[""], console)
 
 
 # -- for people ------------------------------------------------------------------------------------
+
+
+def _show_pipeline(
+    folder: Path,
+    parts: Parts,
+    budgets: Sequence[int],
+    found: Mapping[str, Survey],
+    console: Console,
+) -> None:
+    whole = sum(survey.weight_bytes for survey in found.values())
+    console.print(
+        f"[bold]{folder.resolve().name}[/bold]: {parts.model}, {show_size(whole)} of weights in "
+        f"{', then '.join(found)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for survey in found.values():
+        console.print()
+        _show(survey, console)
+    console.print()
+    for budget in budgets:
+        stay = _together(found, budget)
+        line = (
+            f"{show_size(budget)}: all parts stay in memory."
+            if stay
+            else f"{show_size(budget)}: the part in use may have all of it; the others give way, "
+            "and are read again when they are used."
+        )
+        click.echo(textwrap.fill(line, console.width, break_long_words=False))
+
+
+def _together(found: Mapping[str, Survey], budget: int) -> bool:
+    """Do all parts fit into the budget at once?"""
+    return sum(survey.weight_bytes for survey in found.values()) <= budget
 
 
 def _show(found: Survey, console: Console) -> None:
@@ -140,28 +193,25 @@ def _budgets(found: Survey, forecasts: Sequence[Forecast]) -> Table:
             show_size(forecast.plan.budget_bytes), justify="right", no_wrap=True, min_width=_CELL
         )
     plans = [forecast.plan for forecast in forecasts]
+    each = "token" if found.generates else "pass"
     rows: list[tuple[str, list[str]]] = [
         ("resident, as it is", [_size(plan.resident_bytes) for plan in plans]),
         ("packed, encoded", [_size(plan.packed_bytes) for plan in plans]),
         ("ring for what streams", [_size(plan.ring_bytes) for plan in plans]),
         ("memory in all", [_size(plan.memory_bytes) for plan in plans]),
-        ("read per token", [_size(plan.stream_bytes) for plan in plans]),
-        ("read by the prefill", [_size(plan.prefill_bytes) for plan in plans]),
+        (f"read per {each}", [_size(forecast.pass_bytes) for forecast in forecasts]),
     ]
+    if found.generates:
+        rows.append(("read by the prefill", [_size(plan.prefill_bytes) for plan in plans]))
     if any(forecast.plan.decode_bytes for forecast in found.forecasts):
-        rows.append(("decoded per token", [_size(plan.decode_bytes) for plan in plans]))
+        rows.append((f"decoded per {each}", [_size(plan.decode_bytes) for plan in plans]))
     if any(forecast.pass_seconds is not None for forecast in found.forecasts):
         least = found.rates is not None and math.isinf(found.rates.compute)
-        rows += [
-            (
-                "time per token, at least" if least else "time per token",
-                [_time(forecast.pass_seconds or None) for forecast in forecasts],
-            ),
-            (
-                "time the prefill reads",
-                [_time(forecast.prefill_seconds or None) for forecast in forecasts],
-            ),
-        ]
+        name = f"time per {each}, at least" if least else f"time per {each}"
+        rows.append((name, [_time(forecast.pass_seconds or None) for forecast in forecasts]))
+        if found.generates:
+            times = [_time(forecast.prefill_seconds or None) for forecast in forecasts]
+            rows.append(("time the prefill reads", times))
     for name, cells in rows:
         table.add_row(name, *cells, end_section=name == "memory in all")
     return table
@@ -259,6 +309,18 @@ def _time(seconds: float | None) -> str:
 # -- for programs ----------------------------------------------------------------------------------
 
 
+def pipeline_json(folder: Path, parts: Parts, found: Mapping[str, Survey]) -> dict[str, Any]:
+    """Of the whole, and `to_json` of each part, in the order of use."""
+    return {
+        "schema": SCHEMA,
+        "model_dir": str(folder),
+        "model": parts.model,
+        "weight_bytes": sum(survey.weight_bytes for survey in found.values()),
+        "least_bytes": max(survey.least_bytes for survey in found.values()),
+        "parts": {name: to_json(survey) for name, survey in found.items()},
+    }
+
+
 def to_json(found: Survey) -> dict[str, Any]:
     """Bytes, seconds, bytes per second; None where something is not known."""
     rates = found.rates
@@ -266,6 +328,7 @@ def to_json(found: Survey) -> dict[str, Any]:
         "schema": SCHEMA,
         "model_dir": str(found.folder),
         "model": found.model,
+        "generates": found.generates,
         "files": found.files,
         "tensors": found.tensors,
         "weight_bytes": found.weight_bytes,
@@ -298,6 +361,7 @@ def _plan_json(forecast: Forecast) -> dict[str, Any]:
         "ring_bytes": plan.ring_bytes,
         "memory_bytes": plan.memory_bytes,
         "stream_bytes": plan.stream_bytes,
+        "pass_bytes": forecast.pass_bytes,
         "prefill_bytes": plan.prefill_bytes,
         "decode_bytes": plan.decode_bytes,
         "compression": plan.compression,
