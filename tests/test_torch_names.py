@@ -298,6 +298,41 @@ def test_a_level_that_is_gone(kind: str, tmp_path: Path) -> None:
         assert same_bits(run(model, inputs(kind)), want)
 
 
+class Scaled(torch.nn.Module):
+    """Its parameter is called as transformers' rules for old files expect no parameter to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_g = torch.nn.Parameter(torch.rand(64))
+
+    def forward(self, x: Any) -> Any:
+        return x * self.weight_g
+
+
+class Own(transformers.PreTrainedModel):
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.first, self.scaled = torch.nn.Linear(64, 64), Scaled()
+        self.post_init()
+
+    def forward(self, x: Any) -> Any:
+        return (self.scaled(self.first(x)),)
+
+
+def test_a_name_that_a_rule_would_spoil(tmp_path: Path) -> None:
+    Own(transformers.LlamaConfig(**TEXT)).save_pretrained(
+        tmp_path / "model", save_original_format=False
+    )
+    assert "scaled.weight_g" in names_of(tmp_path / "model")
+    model, given = Own.from_pretrained(tmp_path / "model"), {"x": torch.ones(2, 64)}
+    want = run(model, given)
+    model.scaled.weight_g.data = torch.zeros(64)
+    with served("managed", model, tmp_path / "model", 1 << 20):
+        assert same_bits(run(model, given), want)
+
+
 # -- with and without a head
 
 IDS = {"input_ids": torch.tensor([[1, 5, 9, 11]])}
