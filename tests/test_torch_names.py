@@ -454,7 +454,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], None], type[Exception], str]
     "missing": (
         _missing,
         omnimem.FormatError,
-        f"lacks 1 parameters of the model: {re.escape(OWN)}, and has 1 that are none: .*another",
+        f"lacks 1 parameters of the model: {re.escape(OWN)}; of its tensors 1 are no .*another",
     ),
     "shape": (
         _other_shape,

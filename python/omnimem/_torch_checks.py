@@ -97,7 +97,8 @@ def fit(model: nn.Module, files: checkpoint.Checkpoint, folder: Path) -> checkpo
 
 def _others(files: checkpoint.Checkpoint, names: dict[str, str]) -> str:
     others = [name for name in files.names() if name not in names]
-    return f", and has {len(others)} that are none: {', '.join(others[:3])}" if others else ""
+    told = f"; of its tensors {len(others)} are no parameters: {', '.join(others[:3])}"
+    return told if others else ""
 
 
 def _remedy(model: nn.Module, lacking: list[str]) -> str:
