@@ -83,6 +83,19 @@ def test_reads_names_places_and_metadata(tmp_path: Path) -> None:
             opened.info("zz")
 
 
+def test_renamed(tmp_path: Path) -> None:
+    with checkpoint.open(small(tmp_path / "a.safetensors", ["old", "more", "same"])) as files:
+        with files.renamed({"same": "same", "old": "new", "none": "other"}) as mine:
+            assert mine.names() == ["new", "same"]
+            assert mine.info("new") == files.info("old")
+            assert bytes(mine.read("new")) == bytes(files.read("old"))
+            assert mine.files == files.files
+            assert "old" not in mine
+        with pytest.raises(ClosedError):
+            mine.read("new")
+        assert bytes(files.read("more"))
+
+
 def test_agrees_with_safetensors_writer(tmp_path: Path) -> None:
     numpy_io = pytest.importorskip("safetensors.numpy")
     arrays = {

@@ -29,6 +29,7 @@ Compute = Callable[[Store, Sequence[str], str], float]
 _LITTLE = 32 << 20
 _EXPERTS = re.compile(r"\.experts\.|\.block_sparse_moe\.")
 _EMBEDDING = re.compile(r"(^|[._])(embed|embeddings?|embed_tokens|shared|wte|wpe)($|[._])")
+_FLOATS = re.compile(r"(bfloat16|float(16|32|64))$")
 _GENERATES = re.compile(r"For(CausalLM|ConditionalGeneration)$|LMHeadModel$")
 
 
@@ -40,6 +41,8 @@ class Layout:
     """Tensors of each unit, in the order of execution."""
     repeats: dict[str, int]
     """Uses of each unit in one pass: more than one where modules share its weights."""
+    files: checkpoint.Checkpoint
+    """Has the tensors, under the names that they have here."""
 
 
 def lay_out(files: checkpoint.Checkpoint, uses: Mapping[str, int], config: object) -> Layout:
@@ -59,7 +62,7 @@ def lay_out(files: checkpoint.Checkpoint, uses: Mapping[str, int], config: objec
     for name, unit in names.items():
         info = files.info(name)
         units[unit].append(Tensor(name, info.file, info.offset, info.nbytes, info.encoded_nbytes))
-    return Layout(units, repeats(names, uses))
+    return Layout(units, repeats(names, uses), files)
 
 
 def repeats(units: Mapping[str, str], uses: Mapping[str, int]) -> dict[str, int]:
@@ -151,7 +154,7 @@ def check_folder(files: checkpoint.Checkpoint, folder: Path) -> None:
     FormatError
         There is no config.json, or there are no tensors.
     ValueError
-        A mixture of experts.
+        A mixture of experts, or quantised weights.
     """
     if not (folder / "config.json").is_file():
         raise FormatError(
@@ -161,6 +164,25 @@ def check_folder(files: checkpoint.Checkpoint, folder: Path) -> None:
     if not len(files):
         raise FormatError(f"{folder}: holds no tensors; fetch the checkpoint again")
     refuse_experts(files, folder)
+    if why := quantised(files, folder):
+        raise ValueError(f"{folder}: {why}")
+
+
+def quantised(files: checkpoint.Checkpoint, folder: Path) -> str:
+    """What to say of a checkpoint whose weights were quantised; empty for others."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return ""
+    scheme = parse_json(path.read_bytes(), path, "config").get("quantization_config")
+    coded = (name for name in files.names() if not _FLOATS.match(files.info(name).dtype))
+    if not isinstance(scheme, dict) or (name := next(coded, None)) is None:
+        return ""
+    return (
+        f"the checkpoint is quantised ({scheme.get('quant_method', 'by a scheme of its own')}): "
+        f"{name} is {files.info(name).dtype}, and would have to be dequantised; take the "
+        "checkpoint that it was made from, or have transformers load it dequantised, once, and "
+        "write it with model.save_pretrained(NEW_FOLDER, save_original_format=False)"
+    )
 
 
 def refuse_experts(files: checkpoint.Checkpoint, folder: Path) -> None:

@@ -131,7 +131,7 @@ def survey(
         rates: Rates | None = None
         if measure:
             tightest = min(plain, key=lambda plan: plan.budget_bytes)
-            rates = measure_plan(tightest, files, compression, compute, io_backend)
+            rates = measure_plan(tightest, layout.files, compression, compute, io_backend)
         elif compression in CODINGS or read_rate is not None:
             ratio = (
                 CacheConfig().compression_ratio if compression_ratio is None else compression_ratio
@@ -204,7 +204,7 @@ def _describe(
     tensors = [tensor for unit in layout.units.values() for tensor in unit]
     dtypes: dict[str, int] = {}
     for tensor in tensors:
-        dtype = files.info(tensor.name).dtype
+        dtype = layout.files.info(tensor.name).dtype
         dtypes[dtype] = dtypes.get(dtype, 0) + tensor.nbytes
     model = class_name(read_config(folder))
     return Survey(

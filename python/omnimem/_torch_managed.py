@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from omnimem import checkpoint
 from omnimem._managed import Movable, Moved, check_target, group_of, swap_out
 from omnimem._plan_layout import refuse_experts, repeats
-from omnimem._torch_checks import check_fit
+from omnimem._torch_checks import fit
 from omnimem._torch_guards import Guards, Uncopied
 from omnimem._torch_managed_units import REMEDY, DeviceUnits, ManagedUnits
 from omnimem._torch_parts import (
@@ -430,8 +430,7 @@ def manage_module(
     folder = Path(model_dir)
     with checkpoint.open(folder) as files:
         refuse_experts(files, folder)
-        check_fit(params, dict(model.named_buffers()), files, folder)
-        units = make(parts_of_files(model, params, files))
+        units = make(parts_of_files(model, params, fit(model, files, folder)))
         files.check_unchanged()
     return ManagedModule(model, params, units, store, model_id, resident)
 

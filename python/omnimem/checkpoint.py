@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,14 @@ class Checkpoint:
             return self._tensors[name]
         except KeyError:
             raise KeyError(f"{self.path}: no tensor named {name!r}; names() lists all") from None
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """Return the tensors that `names` has, under the names that it gives them.
+
+        What is returned reads the same files, and has a store of its own for that.
+        """
+        tensors = {names[old]: info for old, info in self._tensors.items() if old in names}
+        return Checkpoint(self.path, tensors, self._shards)
 
     @property
     def total_bytes(self) -> int:

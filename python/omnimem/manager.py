@@ -143,7 +143,8 @@ class AdvancedMemoryManager:
             Its parameters keep their identity.
         model_dir : path, optional
             Its checkpoint: weights are read from there when they are needed, and never written.
-            Without, they are copied in, and written to disk when they have to go.
+            Tensors may have the names that transformers renames when it loads them. Without, they
+            are copied in, and written to disk when they have to go.
         model_id : str, optional
             What it is called; by default its class and a number.
         room : int or str, optional

@@ -12,6 +12,7 @@ stops who would read what is not there, and `_torch_streamed` is the handle, `mo
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from collections.abc import Sequence
@@ -33,7 +34,8 @@ from omnimem._plan_layout import (
     read_config,
     refuse_experts,
 )
-from omnimem._torch_checks import check_fit, infos, main_dtype, refuse_cast
+from omnimem._torch_checks import fit, infos, main_dtype, refuse_cast
+from omnimem._torch_names import parameter_names
 from omnimem._torch_outline import outline
 from omnimem._torch_streamed import Streamed
 from omnimem._torch_units import unset, uses_of
@@ -66,7 +68,8 @@ def load(
     Parameters
     ----------
     model_dir : path
-        A Hugging Face folder: config.json and safetensors files.
+        A Hugging Face folder: config.json and safetensors files. Tensors may have the names that
+        transformers renames when it loads them.
     budget : int or str
         Bytes for weights, the ring included ("2GiB"). Weights that fit are all resident.
     store : Store, optional
@@ -95,7 +98,8 @@ def load(
     FormatError
         The checkpoint is broken, or does not hold this model.
     ValueError
-        A mixture of experts, a dtype change, or a class that transformers does not have.
+        A mixture of experts, quantised weights or others that transformers would compute when it
+        loads them, a dtype change, or a class that transformers does not have.
 
     Notes
     -----
@@ -112,11 +116,12 @@ def load(
         model = _build(files, folder, dtype)
         if model.can_generate() and (folder / "generation_config.json").exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-        for name, buffer in model.named_buffers():
-            if name in files:
-                buffer.copy_(from_dlpack(files.read(name)))
         model.eval()
-        _attach(model, files, folder, nbytes, store, compression, verify, io_backend, timeout)
+        with fit(model, files, folder) as mine:
+            for name, buffer in model.named_buffers():
+                if name in mine:
+                    buffer.copy_(from_dlpack(mine.read(name)))
+            _attach(model, mine, nbytes, store, compression, verify, io_backend, timeout)
     built: nn.Module = model
     return built
 
@@ -140,6 +145,8 @@ def _build(files: checkpoint.Checkpoint, folder: Path, dtype: torch.dtype | str 
     model_class = getattr(transformers, names[0], None) if names else None
     if model_class is None:
         raise ValueError(f"{folder}/config.json: transformers has no class {names!r}")
+    with torch.device("meta"):  # refuses what the next step would compute, in memory
+        parameter_names(model_class(copy.deepcopy(config)), files, folder)
     weights = {name: unset(info.shape, own) for name, info in infos(files)}
     model, found = model_class.from_pretrained(
         None,
@@ -168,13 +175,12 @@ def layout(files: checkpoint.Checkpoint, folder: Path) -> Layout:
     with torch.inference_mode(False):
         diffuses = library_of(read_config(folder)) == "diffusers"
         model = outline(files, folder) if diffuses else _build(files, folder, None)
-        return _layout(model, files, folder)
+        return _layout(model, fit(model, files, folder))
 
 
-def _layout(model: nn.Module, files: checkpoint.Checkpoint, folder: Path) -> Layout:
-    params = dict(model.named_parameters())
-    check_fit(params, dict(model.named_buffers()), files, folder)
-    return lay_out(files, uses_of(model, params), getattr(model, "config", None))
+def _layout(model: nn.Module, files: checkpoint.Checkpoint) -> Layout:
+    uses = uses_of(model, dict(model.named_parameters()))
+    return lay_out(files, uses, getattr(model, "config", None))
 
 
 def attach(
@@ -194,10 +200,13 @@ def attach(
     the checkpoint does not fit the model. See `load` for parameters, errors and hooks.
     """
     folder = Path(model_dir)
+    if getattr(model, "omnimem", None) is not None:
+        raise ValueError("this model streams already; call model.omnimem.detach() first")
     with checkpoint.open(folder) as files:
         refuse_experts(files, folder)
         nbytes = parse_size(budget, "budget")
-        _attach(model, files, folder, nbytes, store, compression, verify, io_backend, timeout)
+        mine = fit(model, files, folder)
+        _attach(model, mine, nbytes, store, compression, verify, io_backend, timeout)
     return model
 
 
@@ -227,7 +236,6 @@ def compute_rate(store: Store, names: Sequence[str], dtype: str) -> float:
 def _attach(
     model: nn.Module,
     files: checkpoint.Checkpoint,
-    folder: Path,
     budget: int,
     store: Store | None,
     compression: str | None,
@@ -237,10 +245,8 @@ def _attach(
 ) -> None:
     if compression not in (None, "auto", *CODINGS):
         raise ValueError(f"compression is 'auto', 'fast', 'balanced' or None, not {compression!r}")
-    if getattr(model, "omnimem", None) is not None:
-        raise ValueError("this model streams already; call model.omnimem.detach() first")
     plan = plan_layout(
-        _layout(model, files, folder),
+        _layout(model, files),
         budget,
         compression,
         lambda plan: measure_plan(plan, files, compression, compute_rate, io_backend),
