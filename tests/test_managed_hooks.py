@@ -315,3 +315,24 @@ def test_a_model_that_is_forgotten_is_collected(store: omnimem.Store) -> None:
     del model, handle
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+def test_compiled_models_and_units(store: omnimem.Store, model: Any, x: Any) -> None:
+    """What traces hooks by itself never comes by what stands in for them."""
+    model.eval().requires_grad_(False)
+    want = model(x)
+    model.layers[0].compile(backend="eager")  # before, and one after
+    assert torch.equal(model(x), want)
+    handle = manage(model, store, "model")
+    model.layers[1].compile(backend="eager")
+    whole = torch.compile(model, backend="eager")
+    for called in (model, whole):
+        for target in ("cpu", "disk"):
+            assert torch.equal(called(x), want)
+            handle.offload(target)
+            assert torch.equal(called(x), want)
+            assert users(handle) == 0
+            handle.restore()
+    handle.release()
+    assert torch.equal(whole(x), want)
