@@ -576,6 +576,10 @@ void om_stream_bound(struct om_stream *st, size_t unit, bool ok);
  * call om_stream_unbound, which lets the bytes go. */
 int om_stream_leave(struct om_stream *st, size_t unit, bool *ret_unbind);
 void om_stream_unbound(struct om_stream *st, size_t unit);
+/* Enter a unit, where all units of the stream are kept and bound, and leave one that stays bound: at once, with
+ * nothing to read or to bind. False: not now, or not at all; om_stream_enter and om_stream_leave do it, or say why. */
+bool om_stream_join(struct om_stream *st, size_t unit);
+bool om_stream_part(struct om_stream *st, size_t unit);
 /* A unit that is kept has one user more, the stream: once entered, it stays bound when the others have left, until
  * it is not kept any more. *ret_unbind: nobody uses it now, the caller must take the windows away and call
  * om_stream_unbound. */

@@ -58,7 +58,9 @@ def test_arguments(name: str) -> None:
         if not inspect.ismethoddescriptor(real):
             continue
         signature = inspect.signature(real)
-        want = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        named = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        rest = filter(None, (node.args.vararg, node.args.kwarg))
+        want = [arg.arg for arg in (*named, *rest)]
         assert list(signature.parameters) == want, f"{name}.{method}"
         defaults = [ast.literal_eval(value) for value in node.args.defaults]
         defaults += [ast.literal_eval(value) for value in node.args.kw_defaults if value]

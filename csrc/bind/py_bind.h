@@ -254,10 +254,10 @@ int py_window_check(uint64_t block_nbytes, uint64_t offset, struct om_dl_type ty
 
 extern PyType_Spec py_store_spec, py_lease_spec, py_window_spec, py_ticket_spec, py_stream_spec,
 	py_pressure_spec, py_block_spec, py_ranking_spec, py_cache_spec, py_pools_spec,
-	py_monitor_spec;
+	py_monitor_spec, py_hook_spec;
 extern PyTypeObject *py_store_type, *py_lease_type, *py_window_type, *py_ticket_type,
 	*py_stream_type, *py_pressure_type, *py_block_type, *py_ranking_type, *py_cache_type,
-	*py_pools_type, *py_monitor_type;
+	*py_pools_type, *py_monitor_type, *py_hook_type;
 
 /* Casts a METH_FASTCALL | METH_KEYWORDS function for a method table. */
 #define PY_FAST(function) ((PyCFunction)(void (*)(void))(function))

@@ -298,6 +298,7 @@ static const struct {
 	{ "Window", &py_window_spec, &py_window_type },
 	{ "Ticket", &py_ticket_spec, &py_ticket_type },
 	{ "Stream", &py_stream_spec, &py_stream_type },
+	{ "Hook", &py_hook_spec, &py_hook_type },
 	{ "Pressure", &py_pressure_spec, &py_pressure_type },
 	{ "Block", &py_block_spec, &py_block_type },
 	{ "Ranking", &py_ranking_spec, &py_ranking_type },

@@ -258,6 +258,16 @@ static bool arrived(const struct om_unit *u)
 	return true;
 }
 
+static void count_user_locked(struct om_stream *st, struct om_unit *u, bool hit)
+{
+	u->users++;
+	if (!u->streamed_count)
+		return;
+	st->stats.enters++;
+	st->stats.hits += hit;
+	st->stats.mispredicted += !om_pattern_record(&st->pattern, (uint32_t)(u - st->units));
+}
+
 int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, bool *ret_bind)
 {
 	struct om_store *s = st->store;
@@ -290,13 +300,9 @@ int om_stream_enter(struct om_stream *st, size_t unit, uint64_t deadline_ns, boo
 			u->state = OM_UNIT_IDLE;
 	}
 	if (!code) {
-		u->users++;
-		if (u->streamed_count) {
-			st->stats.enters++;
-			st->stats.hits += hit;
-			st->stats.mispredicted += !om_pattern_record(&st->pattern, (uint32_t)unit);
+		count_user_locked(st, u, hit);
+		if (u->streamed_count)
 			fetch_ahead_locked(st, false);
-		}
 	}
 	om_store_changed_locked(s);
 	om_mutex_unlock(&s->lock);
@@ -369,6 +375,34 @@ int om_stream_leave(struct om_stream *st, size_t unit, bool *ret_unbind)
 	}
 	om_mutex_unlock(&st->store->lock);
 	return code;
+}
+
+bool om_stream_join(struct om_stream *st, size_t unit)
+{
+	bool joins;
+
+	if (unit >= st->count || om_store_enter(st->store))
+		return false;
+	/* When all units are settled there is nothing to be read for the next ones. */
+	joins = st->settled == st->count && st->units[unit].state == OM_UNIT_BOUND;
+	if (joins)
+		count_user_locked(st, &st->units[unit], true);
+	om_mutex_unlock(&st->store->lock);
+	return joins;
+}
+
+bool om_stream_part(struct om_stream *st, size_t unit)
+{
+	struct om_unit *u;
+	bool parts;
+
+	if (unit >= st->count || om_store_enter(st->store))
+		return false;
+	u = &st->units[unit];
+	parts = u->state == OM_UNIT_BOUND && u->users && (u->users > 1 || u->kept);
+	u->users -= parts;
+	om_mutex_unlock(&st->store->lock);
+	return parts;
 }
 
 void om_stream_unbound(struct om_stream *st, size_t unit)

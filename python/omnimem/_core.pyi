@@ -1,6 +1,6 @@
 """The C core of omnimem, as Python sees it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, Protocol, Self, SupportsIndex, TypeAlias, final, type_check_only
@@ -452,6 +452,42 @@ class Pressure:
 
     @thresholds.setter
     def thresholds(self, value: Sequence[float]) -> None: ...
+
+class Hook:
+    """What torch calls before and after a module that uses a unit.
+
+    While all units of the stream are kept and bound it only counts a user; else it calls the
+    methods of a subclass: `come(module)` and `go()`.
+    """
+
+    def __new__(
+        cls,
+        stream: Stream,
+        unit: int,
+        outer: Iterable[int],
+        mine: object,
+        module: object,
+        tracing: Callable[[], object],
+        others: Iterable[dict[int, Any]],
+    ) -> Self:
+        """`outer`: units inside of which this one may be entered.
+
+        `mine.entered` is, of each thread: (itself, units that it has entered, units that it has yet
+        to take away, its passes). `tracing()` is None unless torch traces; `others` are the hooks
+        of all modules.
+        """
+
+    def enter(self, module: object, args: object, /) -> None:
+        """A forward pre-hook: count a user of the unit, or call `come(module)`."""
+
+    def leave(self, module: object, args: object, output: object, /) -> None:
+        """A forward hook: count one user less, or call `go()`."""
+
+    def call(self, /, *args: object, **kwargs: object) -> Any:
+        """In place of the module's `_call_impl`: `forward` and these hooks, if there are no others.
+
+        Else, or when more is to be done than to count, it is what it stands for.
+        """
 
 @final
 class Monitor:

@@ -35,6 +35,7 @@ class ManagedUnits(Units):
     """Where their weights are when they are used."""
 
     remedy = REMEDY
+    stays = True
 
     def __init__(self, units: list[UnitParts], group: str, store: Store, timeout: float) -> None:
         super().__init__(group, store, timeout)
@@ -135,11 +136,12 @@ class ManagedUnits(Units):
 
     # -- use
 
-    def _enter(self, unit: int, leave: int, module: nn.Module, args: Any) -> None:
+    def enter(self, unit: int, leave: int, module: nn.Module) -> None:
+        """Before a module that uses a unit: outside any pass, that is a use of the model."""
         mine = self._mine
         if not mine.passes and not mine.held:
             self.on_alone()
-        super()._enter(unit, leave, module, args)
+        super().enter(unit, leave, module)
 
     def _get(self, unit: int, held: list[int], timeout: float) -> bool:
         # Each try is twice as long: one that ends gives up what it has begun to read.
@@ -193,6 +195,9 @@ class DeviceUnits(ManagedUnits):
     The stream's units have no blocks; it says who may touch a unit. Blocks are made before a unit
     is told to go, while that may still fail, and removed when it is home again.
     """
+
+    stays = False
+    """`DataParallel` makes replicas, which would share what stands in for their `_call_impl`."""
 
     def __init__(
         self,

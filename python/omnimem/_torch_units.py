@@ -15,7 +15,6 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +23,15 @@ from torch.utils.dlpack import from_dlpack
 
 from omnimem import _core
 from omnimem._torch_guards import Uncopied
+from omnimem._torch_hooks import Hook
 from omnimem.store import Store
 
 
 class Units(Uncopied):
     """A model's blocks in a store, the stream of them, and the parameters that show them."""
+
+    stays = False
+    """May all units be in place at once, so that it counts what their hooks cost by themselves?"""
 
     def __init__(self, group: str, store: Store, timeout: float) -> None:
         self.group = group
@@ -60,10 +63,8 @@ class Units(Uncopied):
             if not self.params[unit][1]:
                 continue
             for module in group:
-                leave = module.register_forward_hook(partial(self._leave, unit), always_call=True)
-                handles.append(leave)
-                enter = partial(self._enter, unit, leave.id)
-                handles.append(module.register_forward_pre_hook(enter, prepend=True))
+                hook = Hook(self.stream, unit, self._outer[unit], self._mine, module)
+                hook.put(self, handles, short=self.stays)
 
     def _modules(self, model: nn.Module) -> list[list[nn.Module]]:
         """The modules that use each unit: its own, and those that share a tied parameter of it."""
@@ -82,7 +83,8 @@ class Units(Uncopied):
 
     # -- use
 
-    def _enter(self, unit: int, leave: int, module: nn.Module, args: Any) -> None:
+    def enter(self, unit: int, leave: int, module: nn.Module) -> None:
+        """Before a module that uses a unit, whose hook `leave` is to be the last one."""
         hooks: Any = module._forward_hooks
         if next(reversed(hooks)) != leave:  # those that came after attach see the weights, too
             hooks.move_to_end(leave)
@@ -109,7 +111,8 @@ class Units(Uncopied):
         """Have a unit's bytes in memory, and the unit noted as held; are its windows to be made?"""
         return self.stream.enter(unit, held, timeout)
 
-    def _leave(self, unit: int, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, unit: int) -> None:
+        """After a module that uses a unit."""
         held = self._mine.held
         while unit in held:
             last = held[-1]
@@ -193,7 +196,8 @@ class _Mine(threading.local):
         self.held: list[int] = []
         self.ended: list[int] = []
         self.passes: list[Any] = []
-        threads.append((threading.current_thread(), self.held, self.ended, self.passes))
+        self.entered = (threading.current_thread(), self.held, self.ended, self.passes)
+        threads.append(self.entered)
 
 
 def unset(

@@ -203,6 +203,52 @@ static void the_stream_is_a_user(void)
 	close_model(&m);
 }
 
+/* Entered and left at once: only while all are kept and bound, and never by the one that has to unbind. */
+static void joining_what_stays(void)
+{
+	struct om_stream_stats before, after;
+	struct model m;
+
+	open_model(&m, 64 << 20);
+	CHECK(!om_stream_join(m.stream, 0)); /* idle */
+	for (size_t u = 0; u < UNITS; u++) {
+		keep(&m, u, true);
+		CHECK(!om_stream_join(m.stream, u)); /* kept, and not there yet */
+		visit(&m, u);
+	}
+	CHECK_EQ(om_stream_stats(m.stream, &before), 0);
+	for (size_t u = 0; u < UNITS; u++) {
+		CHECK(om_stream_join(m.stream, u));
+		verify(&m, u);
+		CHECK_EQ(users(&m), 1);
+		CHECK(om_stream_part(m.stream, u));
+	}
+	CHECK_EQ(om_stream_stats(m.stream, &after), 0);
+	CHECK_EQ(after.enters - before.enters, UNITS);
+	CHECK_EQ(after.hits - before.hits, UNITS);
+	CHECK_EQ(after.mispredicted, before.mispredicted); /* the order is learned all the same */
+	CHECK(!om_stream_part(m.stream, 0));               /* nobody is in it */
+	CHECK(!om_stream_join(m.stream, UNITS));
+	CHECK(!om_stream_part(m.stream, UNITS));
+
+	CHECK(om_stream_join(m.stream, 1));
+	CHECK(om_stream_join(m.stream, 1));
+	CHECK(!keep(&m, 1, false));          /* two use it */
+	CHECK(!om_stream_join(m.stream, 1)); /* it has to go */
+	CHECK(!om_stream_join(m.stream, 0)); /* there is something to read ahead */
+	CHECK(om_stream_part(m.stream, 1));
+	verify(&m, 1);
+	CHECK(!om_stream_part(m.stream, 1)); /* the last one takes the windows away */
+	CHECK(leave(&m, 1));
+	check(&m);
+	keep(&m, 1, true);
+	visit(&m, 1);
+	CHECK(om_stream_join(m.stream, 0));
+	CHECK(om_stream_part(m.stream, 0));
+	check(&m);
+	close_model(&m);
+}
+
 /* Whoever was to make the windows could not, or was interrupted: the unit is given back, kept or not. */
 static void a_kept_unit_that_could_not_be_bound(void)
 {
@@ -518,6 +564,7 @@ int main(void)
 	backend = io && !strcmp(io, "threads") ? 2 : io && !strcmp(io, "uring") ? 1 : 0;
 	CHECK(mkdtemp(dir));
 	the_stream_is_a_user();
+	joining_what_stays();
 	a_kept_unit_that_could_not_be_bound();
 	what_goes_lingers();
 	the_beginning_stays();
