@@ -234,6 +234,25 @@ def test_weights_without_a_checkpoint(open_manager: Callable[..., AdvancedMemory
         assert same_bits(forward(model, preset), expected_logits(preset))
 
 
+def test_let_go_while_another_has_the_budget(
+    open_manager: Callable[..., AdvancedMemoryManager],
+) -> None:
+    """What a model needs to be given back is made room for by the one that keeps its own."""
+    x = torch.ones(1, 512)
+    layers = [[torch.nn.Linear(512, 512, bias=False) for _ in range(8)] for _ in range(2)]
+    models = [torch.nn.Sequential(*each).eval().requires_grad_(False) for each in layers]
+    wants = [model(x) for model in models]
+    manager = open_manager(0, budget=8 * MIB + MIB // 2)
+    for number, model in enumerate(models):
+        manager.attach(model, model_id=str(number))
+    manager.offload_model("1", target_device="disk")
+    assert torch.equal(models[0](x), wants[0])
+    assert host_bytes(models[0]) == 8 * MIB
+    manager.offloader.unregister("1")
+    assert torch.equal(models[1](x), wants[1])
+    assert torch.equal(models[0](x), wants[0])
+
+
 def test_a_checkpoint_that_was_replaced(
     open_manager: Callable[..., AdvancedMemoryManager], tmp_path: Path
 ) -> None:

@@ -6,8 +6,9 @@ import collections
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ REMEDY = (
     "of them"
 )
 
+_T = TypeVar("_T")
 _FIRST = 0.01
 """Of the seconds that a unit may take to come: until memory that others keep is asked for."""
 
@@ -144,17 +146,25 @@ class ManagedUnits(Units):
         super().enter(unit, leave, module)
 
     def _get(self, unit: int, held: list[int], timeout: float) -> bool:
+        get = super()._get
+        return self._in_tries(lambda left: get(unit, held, left), timeout)
+
+    def _in_tries(self, attempt: Callable[[float], _T], timeout: float) -> _T:
+        """Do what needs memory; when it is leased, who keeps it is told between two tries."""
         # Each try is twice as long: one that ends gives up what it has begun to read.
         now, tried = time.monotonic(), timeout * _FIRST
         end = now + timeout
         while now + tried < end:
             try:
-                return super()._get(unit, held, tried)
+                return attempt(tried)
             except BusyError as error:
                 if error.holders:
                     self.on_short()
             now, tried = time.monotonic(), 2 * tried
-        return super()._get(unit, held, max(end - now, 0.0))
+        return attempt(max(end - now, 0.0))
+
+    def _lease(self, name: str, write: bool = False) -> _core.Lease:
+        return self._in_tries(partial(self._store.lease, name, write), self._timeout)
 
     def begin_pass(self, begin: Callable[[str], None]) -> None:
         """Note that a pass of this thread begins; those that an interrupt left end."""
@@ -173,7 +183,7 @@ class ManagedUnits(Units):
     def copies(self, unit: int) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:
         """What a unit's parameters are in memory of their own."""
         for part, name in zip(self.units[unit].parts, self.names[unit], strict=True):
-            with self._store.lease(name, timeout=self._timeout) as lease:
+            with self._lease(name) as lease:
                 if part.run is None:
                     window = lease.window(0, "uint8", (part.nbytes,))
                     yield from shown(part, from_dlpack(window).clone())
@@ -263,7 +273,7 @@ class DeviceUnits(ManagedUnits):
     def _unbind(self, unit: int) -> None:
         if self._versions[unit] != self._version(unit):  # written to since
             for part, name in zip(self.units[unit].parts, self.names[unit], strict=True):
-                with self._store.lease(name, write=True, timeout=self._timeout) as lease:
+                with self._lease(name, write=True) as lease:
                     from_dlpack(lease.window(0, "uint8", (part.nbytes,))).copy_(bytes_of(part))
         self._versions[unit] = self._version(unit)
         saved = False
@@ -280,7 +290,7 @@ class DeviceUnits(ManagedUnits):
         if unit not in self._versions:
             return
         for part, name in zip(self.units[unit].parts, self.names[unit], strict=True):
-            with self._store.lease(name, timeout=self._timeout) as lease:
+            with self._lease(name) as lease:
                 window = from_dlpack(lease.window(0, "uint8", (part.nbytes,)))
                 yield from shown(part, window.to(self._device, copy=True))
 
