@@ -472,11 +472,11 @@ void om_swap_end(struct om_swap *w, struct om_swapped *ret);
 /* Memory is short, as `level` says, or no longer (OM_LOW). From OM_MEDIUM on nothing is fetched on a guess, and
  * memory that no block has used for a second, from OM_HIGH on any that no block uses, goes back to the system (but
  * for a stream's ring, unless it is OM_CRITICAL). `bytes` of HOST go besides: more of what no block uses, then
- * idle blocks, those of the groups whose next use is furthest first; what must be written is written. `ceiling` (0..1): the share in use of the tightest memory of the process from which on
- * the store gives up idle blocks before it takes more; 0: the default, 0.9, and no less than 64 MiB (or a
- * quarter) left for others. That is so in every store, pressed or not; what is leased may still grow to
- * host_limit_bytes. OM_EBUSY at the deadline: the rest is on its way, *ret tells what went. OM_EVALUE: no
- * such ceiling. */
+ * idle blocks, those of the groups whose next use is furthest first; what must be written is written. `ceiling`
+ * (0..1): the share in use of the tightest memory of the process from which on the store gives up idle blocks
+ * before it takes more; 0: the default, 0.9, and no less than 64 MiB (or a quarter) left for others. That is so in
+ * every store, pressed or not; what is leased may still grow to host_limit_bytes. OM_EBUSY at the deadline: the
+ * rest is on its way, *ret tells what went. OM_EVALUE: no such ceiling. */
 struct om_pressed {
 	uint64_t trimmed_bytes; /* that no block used */
 	uint64_t dropped_bytes, dropped_blocks;

@@ -16,6 +16,7 @@ import pytest
 
 from omnimem._managed import manage
 
+from .offloading import restore
 from .torch_models import is_unset, omnimem, torch
 
 
@@ -122,7 +123,7 @@ def test_what_stays_is_only_counted(
     handle.offload("disk")
     assert right(model, x, want)
     assert counted.take() == (3, 3)
-    handle.restore()
+    restore(handle)
     assert right(model, x, want)
     assert counted.take() == (0, 0)
     handle.offload("cpu")
@@ -333,6 +334,6 @@ def test_compiled_models_and_units(store: omnimem.Store, model: Any, x: Any) -> 
             handle.offload(target)
             assert torch.equal(called(x), want)
             assert users(handle) == 0
-            handle.restore()
+            restore(handle)
     handle.release()
     assert torch.equal(whole(x), want)

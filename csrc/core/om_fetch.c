@@ -65,18 +65,13 @@ uint64_t om_fetch_missing_bytes(struct om_block *const *blocks, size_t count, bo
 int om_fetch_reserve_locked(struct om_store *s, const struct om_group *g, uint64_t bytes,
                             struct om_extent *ret)
 {
-	uint64_t room = om_pool_room(&s->pool), most = 0;
+	uint64_t room = OM_MAX(om_pool_room(&s->pool), bytes), most = 0;
 	int code;
 
-	/* An extent may be larger than asked for, so that a cached segment can be used whole, by what
-	 * neither the group's limit nor the pool's will miss. */
-	if (g->limit_bytes)
-		room = OM_MIN(room, g->limit_bytes - OM_MIN(g->limit_bytes, g->used_bytes));
-	room = OM_MAX(room, bytes);
-	if (g->streams && !g->mixed) /* segments of its own, whole ones again and again: slots */
-		most = room;
-	else if (bytes > OM_POOL_SMALL)
-		most = g->cache ? bytes : OM_MIN(room, bytes + bytes / 4);
+	/* An extent may be larger than asked for, so that a cached segment can be used whole; not where a limit was
+	 * planned to the page. Units of a ring have segments of their own, which follow each other in the same pages. */
+	if (bytes > OM_POOL_SMALL || (g->streams && !g->mixed))
+		most = g->limit_bytes || g->cache ? bytes : OM_MIN(room, bytes + bytes / 4);
 	code = om_pool_alloc(&s->pool, bytes, most, ret);
 	if (!code && g->cache)
 		om_shed_trim_locked(s, g, bytes);

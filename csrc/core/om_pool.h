@@ -58,8 +58,7 @@ void om_pool_set_limit(struct om_pool *p, uint64_t limit_bytes);
 void om_pool_fini(struct om_pool *p);
 /* Bytes (rounded up to pages). `most` 0: a small request takes a hole in a shared segment, else a
  * new shared segment; where the limit has no room for that, and for a large request, a segment of its own.
- * With `most` > 0 it is always a segment of its own, which may be that large (so a ring of unequal
- * units keeps its segments whole).
+ * With `most` > 0 it is always a segment of its own, which may be that large.
  * A segment comes from, in this order: the smallest cached one of at most 1.25x the size (`most` > 0: of at most
  * `most`) (a shared segment: of exactly its size), taken whole; one that is built of pieces of cached ones, longest
  * idle first, and of new pages where they do not suffice. Memory that comes from the cache keeps its populated

@@ -68,6 +68,22 @@ static void groups_stay_exact(void)
 }
 
 /* Who waits for room hears why there is none, long before the deadline. */
+/* Nor may what fits then keep others of the group out, that were planned beside it. */
+static void limits_hold_what_they_are_for(void)
+{
+	struct om_store *s = open_store(8 << 20, 32 << 20);
+	struct om_lease *l;
+
+	CHECK_EQ(om_store_group(s, "g", 1 << 20), 0);
+	add(s, "x", NULL, 600 << 10);
+	CHECK_EQ(om_store_remove(s, "x"), 0);
+	add(s, "a", "g", 500 << 10);
+	CHECK_EQ(om_store_lease(s, "a", OM_READ, SOON, &l), 0);
+	CHECK_EQ(om_store_add(s, "b", "g", data, 500 << 10, NULL, om_now()), 0);
+	om_lease_unref(l);
+	om_store_unref(s);
+}
+
 static void writes_that_fail_are_told(void)
 {
 	struct om_store *s = open_store(2 << 20, 32 << 20);
@@ -375,6 +391,7 @@ int main(void)
 	CHECK(mkdtemp(dir));
 	adopted_memory_counts();
 	groups_stay_exact();
+	limits_hold_what_they_are_for();
 	writes_that_fail_are_told();
 	another_victim_is_tried();
 	speculation_is_counted();
