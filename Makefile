@@ -41,7 +41,7 @@ demo:
 	@.venv/bin/omnimem demo $(ARGS)
 
 test: setup
-	$(PY) -m pytest --durations=15 $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal --durations=15 $(ARGS)
 
 soak: setup
 	OMNIMEM_SOAK=1 $(PY) -m pytest -m soak $(ARGS)

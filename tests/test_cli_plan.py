@@ -242,6 +242,7 @@ def test_headers_alone_need_no_torch(tmp_path: Path) -> None:
 def test_a_table_of_budgets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     out = run_plan(
         capsys, str(folder("tiny")), "--ram", "2MiB", "--ram", "60%", "--ram", "1GiB",
         "--no-measure", "--compression", "off",

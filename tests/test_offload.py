@@ -333,6 +333,34 @@ def test_it_brings_back_what_is_used_next(
     assert weights["a"].host_bytes() == weights["c"].host_bytes() == 0
 
 
+def test_what_is_let_go_meanwhile_stays_away(
+    open_offloader: Callable[..., AutomaticOffloader],
+    weights: dict[str, Weights],
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is expected, and half of it is gone: but somebody is letting it go."""
+    offloader = open_offloader(EAGER)
+    offloader.register({"w": 1}, "a")
+    expect(offloader, monkeypatch, "a")
+    watch.tell(0.1)
+    steps = []
+
+    def go(*call: Any) -> None:
+        weights["a"].calls.append(call)
+        if call[0] == "offload" and not steps:
+            steps.append(call)
+            weights["a"].inside //= 2
+            offloader._step(watch._core.report())
+
+    monkeypatch.setattr(weights["a"], "_go", go)
+    offloader.offload_model("a", "disk")
+    assert steps
+    assert weights["a"].calls == [("offload", "disk")]
+    offloader._step(watch._core.report())  # what is expected after that comes
+    assert weights["a"].calls[1:] == [("resize", 100 * MIB), ("fetch",)]
+
+
 def test_a_device_that_is_short_has_its_own_models_give(
     open_offloader: Callable[..., AutomaticOffloader],
     weights: dict[str, Weights],
@@ -384,7 +412,9 @@ def test_it_brings_back_no_more_than_there_is_room_for(
 
     # Another model takes the room after it was looked at.
     entry = offloader._models.find(absent)
-    plan = omnimem.OffloadDecision(action="restore", model_id=absent, reason="planned before")
+    plan = omnimem.OffloadDecision(
+        action="restore", model_id=absent, reason="planned before", at=time.monotonic()
+    )
     offloader._fetch(entry, plan)
     assert entry.room is None
     assert weights[absent].calls == [("offload", "disk")]

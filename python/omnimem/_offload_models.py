@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from omnimem._attached import Attached
@@ -80,6 +80,8 @@ class Entry:
     """Most memory that it may be given."""
     moved: float | None = None
     """When it last moved, or failed to."""
+    movers: set[int] = field(default_factory=set)
+    """Threads that are letting it go."""
     failures: int = 0
     """In a row."""
     paused_until: float = 0.0
@@ -113,6 +115,7 @@ class Entry:
     def offload(self, target: str, timeout: float) -> Moved | str:
         """Move it; what went wrong, as text, where it is as it was."""
         before, self.room = self.room, None
+        self.movers.add(threading.get_ident())
         try:
             moved = self.movable.offload(target, timeout)
         except ClosedError:
@@ -122,8 +125,15 @@ class Entry:
             self._fail(error)
             log.warning("offloading %r to %s failed: %s", self.model_id, target, self.cause)
             return f"{self.model_id!r} is as it was, since moving it to {target} failed: {error}"
-        self._succeed()
-        return moved
+        else:
+            self._succeed()
+            return moved
+        finally:
+            self.movers.discard(threading.get_ident())
+
+    def moved_since(self, then: float) -> bool:
+        """Has it moved, or is it on its way, so that what was known of it is out of date?"""
+        return bool(self.movers) or (self.moved is not None and self.moved >= then)
 
     def give(self, room: int) -> None:
         """Let it have so many bytes of memory. Others may take them again at any time."""

@@ -385,8 +385,13 @@ class AutomaticOffloader:
         return min(comes_back(model, now) for model in models) if quiet else 0.0
 
     def _fetch(self, entry: Entry, decision: OffloadDecision) -> None:
-        """Bring a model back ahead of its use, unless another one took the room meanwhile."""
+        """Bring a model back ahead of its use.
+
+        Unless another one took the room meanwhile, or somebody let the model go.
+        """
         with self._models.sharing:
+            if entry.moved_since(decision.at):
+                return
             if entry.movable.home == "cpu":
                 entry.room = entry.movable.nbytes
                 if self._models.spare() < 0:
