@@ -31,6 +31,7 @@ struct om_monitor {
 	struct om_watched *watched;
 	size_t watched_count, watched_room;
 	bool pressed;          /* who is watched was told that memory is short */
+	bool lowered;          /* and is to give up idle blocks earlier than always */
 	uint64_t press_ns;     /* when stores were pressed last */
 	uint64_t heap_ns;      /* when the C library was asked last */
 	uint64_t acted_number; /* the last sample that was acted on, and the bytes in use then */

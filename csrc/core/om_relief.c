@@ -49,12 +49,26 @@ static void add(struct om_pressed *sum, const struct om_pressed *p)
 	sum->left_bytes += p->left_bytes;
 }
 
-/* Where stores give up idle blocks rather than grow: as always, or they would take again what they just gave. */
+/* Where stores give up idle blocks rather than grow: as always, or, while memory is very short, where they would take
+ * again what they just gave. Time alone, as while a model is loaded, has nobody give. */
 static double ceiling(const struct om_monitor *m)
 {
 	const struct om_pressure_rules *rules = &m->assessor.ram.rules;
 
-	return m->next.ram_level < OM_HIGH ? 0 : rules->thresholds[OM_HIGH - 1] - rules->margin;
+	return m->lowered ? rules->thresholds[OM_HIGH - 1] - rules->margin : 0;
+}
+
+/* From when memory is very short by what is in use, or by stalls, until it is not. */
+static void lower(struct om_monitor *m)
+{
+	const struct om_report *r = &m->next;
+	const struct om_place *p = &r->sample.places[r->tightest];
+	const struct om_pressure_state *s = &m->assessor.ram;
+	double used = (double)(p->used_bytes - OM_MIN(p->used_bytes, r->spare_bytes));
+	bool time_alone = s->cause == OM_CAUSE_TIME &&
+	                  used < s->rules.thresholds[OM_HIGH - 1] * (double)p->limit_bytes;
+
+	m->lowered = r->ram_level >= OM_HIGH && (m->lowered || (s->cause && !time_alone));
 }
 
 /* What nobody uses goes; ret->left_bytes, and of each store left[i]: what could go. */
@@ -108,7 +122,7 @@ static uint64_t wanted(const struct om_monitor *m)
 	const struct om_pressure_state *s = &m->assessor.ram;
 	uint64_t quantum = p->limit_bytes / QUANTUM, want = intruded(p), edge;
 
-	if (r->ram_level < OM_HIGH)
+	if (!m->lowered)
 		return want;
 	edge = (uint64_t)((s->rules.thresholds[r->ram_level - 1] - s->rules.margin) *
 	                  (double)p->limit_bytes);
@@ -220,6 +234,7 @@ void om_relief_act(struct om_monitor *m)
 {
 	if (!m->config.act)
 		return;
+	lower(m);
 	if (m->next.ram_level < OM_MEDIUM && m->pressed) {
 		record(m, OM_ACT_RELAX, 0, 0, "memory is not short any more");
 		om_relief_end(m, NULL);

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "core/om_monitor_int.h"
+#include "core/om_store_int.h"
 #include "om_test.h"
 
 #define SOON  om_deadline(20 * OM_NSEC)
@@ -171,6 +172,41 @@ static void pressed(void)
 }
 
 /* Blocks of a file, read and idle. */
+static double ceiling_of(struct om_store *s)
+{
+	double ceiling;
+
+	om_mutex_lock(&s->lock);
+	ceiling = s->guard.ceiling;
+	om_mutex_unlock(&s->lock);
+	return ceiling;
+}
+
+/* Use that rises fast, as while a model is loaded, is HIGH for the time that is left: nobody has to give for that, and
+ * stores may grow as always. Where the share in use is too high, they may not. */
+static void time_alone(void)
+{
+	struct om_monitor *m = open_monitor(true);
+	struct om_store *s = open_store();
+	struct om_report r = { 0 };
+
+	add(s, "g", 4);
+	CHECK_EQ(om_monitor_watch(m, s), 0);
+	for (unsigned used = 100; used < 700 && r.ram_level < OM_HIGH; used += 20) {
+		set_used(used);
+		r = sampled(m);
+		usleep(50000);
+	}
+	CHECK(r.ram_level >= OM_HIGH);
+	CHECK(ceiling_of(s) == 0);
+	set_used(920);
+	sampled(m);
+	sampled(m);
+	CHECK(ceiling_of(s) > 0.8 && ceiling_of(s) < 0.88);
+	om_monitor_free(m);
+	om_store_unref(s);
+}
+
 static void add_read(struct om_store *s, const char *path, int count)
 {
 	struct om_file_range range = { path, 0, MIB };
@@ -671,6 +707,7 @@ int main(void)
 	set_used(100);
 	values();
 	pressed();
+	time_alone();
 	spare();
 	falling();
 	relaxed();
