@@ -75,56 +75,38 @@ def _paligemma() -> Any:
     )
 
 
-def _qwen2_5_vl() -> Any:
-    return transformers.Qwen2_5_VLConfig(
-        text_config={
-            **TEXT,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "fullatt_block_indexes": [1],
-        },
+def _qwen(config: Any, **vision: Any) -> Any:
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    return config(
+        text_config={**TEXT, "rope_parameters": rope},
+        vision_config={"depth": 2, "num_heads": 2, **vision},
         image_token_id=PICTURE,
         vision_start_token_id=301,
         vision_end_token_id=302,
+    )
+
+
+def _qwen2_5_vl() -> Any:
+    return _qwen(
+        transformers.Qwen2_5_VLConfig,
+        hidden_size=32,
+        intermediate_size=64,
+        out_hidden_size=64,
+        fullatt_block_indexes=[1],
     )
 
 
 def _qwen2_vl() -> Any:
-    return transformers.Qwen2VLConfig(
-        text_config={
-            **TEXT,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-        },
-        vision_config={"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64},
-        image_token_id=PICTURE,
-        vision_start_token_id=301,
-        vision_end_token_id=302,
-    )
+    return _qwen(transformers.Qwen2VLConfig, embed_dim=32, hidden_size=64)
 
 
 def _qwen3_vl() -> Any:
-    return transformers.Qwen3VLConfig(
-        text_config={
-            **TEXT,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "deepstack_visual_indexes": [0],
-        },
-        image_token_id=PICTURE,
-        vision_start_token_id=301,
-        vision_end_token_id=302,
+    return _qwen(
+        transformers.Qwen3VLConfig,
+        hidden_size=32,
+        intermediate_size=64,
+        out_hidden_size=64,
+        deepstack_visual_indexes=[0],
     )
 
 
@@ -552,6 +534,7 @@ def test_quantised(by: str, tmp_path: Path) -> None:
         text = str(error_of(by, model, where))
     assert "quantised (fp8)" in text
     assert re.search(r"layers\.0\.\S*_proj\.weight is float8_e4m3fn, and would have to be", text)
+    pytest.importorskip("accelerate", reason="transformers loads quantised models with accelerate")
     transformers.LlamaForCausalLM.from_pretrained(where, dtype=torch.bfloat16).save_pretrained(
         tmp_path / "own", save_original_format=False
     )
