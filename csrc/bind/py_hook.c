@@ -105,6 +105,8 @@ static int join(struct py_hook *o, const struct py_entered *e, bool *ret_done)
 {
 	struct om_stream *st = ((struct py_stream *)o->stream)->st;
 
+	if (!goes_on(o, e))
+		return 0;
 	*ret_done = om_stream_join(st, o->unit);
 	if (!*ret_done || !PyList_Append(e->held, o->number))
 		return 0;
@@ -114,22 +116,29 @@ static int join(struct py_hook *o, const struct py_entered *e, bool *ret_done)
 	return -1;
 }
 
+/* Enter the unit, if that is only to count a user: *ret_done. -1: an exception. */
+static int enter(struct py_hook *o, bool *ret_done)
+{
+	struct py_entered e;
+	int failed;
+
+	if (read_entered(o, &e))
+		return -1;
+	failed = join(o, &e, ret_done);
+	Py_DECREF(e.all);
+	return failed;
+}
+
 static PyObject *hook_enter(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
 	struct py_hook *o = (struct py_hook *)self;
-	struct py_entered e;
 	bool done = false;
-	int last, failed = 0;
+	int last;
 
 	if (nargs != 2)
 		return PyErr_Format(PyExc_TypeError, "enter() takes a module and its arguments");
 	last = leaves_last(o, args[0]);
-	if (last < 0 || read_entered(o, &e))
-		return NULL;
-	if (last && goes_on(o, &e))
-		failed = join(o, &e, &done);
-	Py_DECREF(e.all);
-	if (failed)
+	if (last < 0 || (last && enter(o, &done)))
 		return NULL;
 	return done ? Py_NewRef(Py_None)
 	            : PyObject_CallMethodObjArgs(self, names[COME], args[0], NULL);
@@ -223,19 +232,10 @@ static PyObject *leave_with(struct py_hook *o, PyObject *result)
 static PyObject *hook_call(PyObject *self, PyObject *args, PyObject *kwargs)
 {
 	struct py_hook *o = (struct py_hook *)self;
-	struct py_entered e;
 	PyObject *forward, *result;
 	bool done = false;
-	int failed = 0;
 
-	if (is_plain(o)) {
-		if (read_entered(o, &e))
-			return NULL;
-		if (goes_on(o, &e))
-			failed = join(o, &e, &done);
-		Py_DECREF(e.all);
-	}
-	if (failed || PyErr_Occurred())
+	if ((is_plain(o) && enter(o, &done)) || PyErr_Occurred())
 		return NULL;
 	if (!done)
 		return PyObject_Call(o->plain, args, kwargs);

@@ -102,8 +102,7 @@ static void note_others(const struct om_memory *m, int64_t held_bytes)
 	now.total = m->total_bytes;
 }
 
-/* Take a reading, unless another thread does. */
-static void read_anew(void)
+void om_guard_look(void)
 {
 	uint64_t mine = (uint64_t)om_fork_generation() + 1;
 	uint64_t other = __atomic_load_n(&now.reader, __ATOMIC_RELAXED);
@@ -137,11 +136,6 @@ static uint64_t ceiling_of(const struct om_store *s, uint64_t total)
 	                            : om_guard_most(total);
 }
 
-void om_guard_look(void)
-{
-	read_anew();
-}
-
 /* Bytes above the ceiling once `more` are mapped, by a reading that is new enough. */
 static uint64_t over(const struct om_store *s, uint64_t more)
 {
@@ -155,7 +149,7 @@ static uint64_t over(const struct om_store *s, uint64_t more)
 
 		if (!old && !(gone && st.age_ns > LEAST_NS))
 			break;
-		read_anew();
+		om_guard_look();
 		st = look();
 	}
 	if (!st.total || st.used + more <= ceiling_of(s, st.total))

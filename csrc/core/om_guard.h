@@ -28,7 +28,7 @@ struct om_guard {             /* of a store, under its lock */
 uint64_t om_guard_short_locked(struct om_store *s, uint64_t bytes);
 /* Is there room for `bytes` on a guess? Nothing gives way. */
 bool om_guard_room_locked(struct om_store *s, uint64_t bytes);
-/* Take a reading now: others use more than the guard may have seen. */
+/* Take a reading now, unless another thread does: others use more than the guard may have seen. */
 void om_guard_look(void);
 /* Writing out has failed. */
 void om_guard_stuck_locked(struct om_store *s);

@@ -62,11 +62,8 @@ static double ceiling(const struct om_monitor *m)
 static void lower(struct om_monitor *m)
 {
 	const struct om_report *r = &m->next;
-	const struct om_place *p = &r->sample.places[r->tightest];
 	const struct om_pressure_state *s = &m->assessor.ram;
-	double used = (double)(p->used_bytes - OM_MIN(p->used_bytes, r->spare_bytes));
-	bool time_alone = s->cause == OM_CAUSE_TIME &&
-	                  used < s->rules.thresholds[OM_HIGH - 1] * (double)p->limit_bytes;
+	bool time_alone = s->cause == OM_CAUSE_TIME && r->usage < s->rules.thresholds[OM_HIGH - 1];
 
 	m->lowered = r->ram_level >= OM_HIGH && (m->lowered || (s->cause && !time_alone));
 }

@@ -190,18 +190,27 @@ static bool room_now(const struct om_stream *st, uint64_t bytes)
 	       om_pool_fits(&st->store->pool, bytes);
 }
 
-static bool is_short_locked(struct om_stream *st, uint64_t bytes)
-{
-	return om_guard_short_locked(st->store, bytes) > 0;
-}
-
 /* Make room for the last of the units foretold: what is of no use in the ring goes, then, for the first few,
- * what others can read again. Did anything go? Memory that is short is room enough for the very next ones. */
+ * what others can read again. Did anything go? */
 static bool make_way_locked(struct om_stream *st, size_t foretold)
 {
 	if (!st->lingers && drop_strays_locked(st, foretold))
 		return true;
 	return foretold <= AHEAD_OF_OTHERS && om_room_take_locked(st->store, st->group);
+}
+
+/* Is there room for the last of the units foretold, or can it be made? Memory that is short, where nobody has any to
+ * give, is room for the very next ones. */
+static bool find_room_locked(struct om_stream *st, size_t foretold, uint64_t bytes)
+{
+	bool room = room_now(st, bytes);
+
+	while (!room || om_guard_short_locked(st->store, bytes)) {
+		if (!make_way_locked(st, foretold))
+			return room && foretold <= AHEAD_ANYHOW;
+		room = room_now(st, bytes);
+	}
+	return true;
 }
 
 /* Fetch the next units of the order into what room the ring has. Forms are fetched, not decoded; when no
@@ -225,12 +234,8 @@ static void fetch_ahead_locked(struct om_stream *st, bool between)
 			kept = om_fetch_missing_bytes(u->blocks, u->streamed_count, false) - bytes;
 		if (!bytes)
 			continue;
-		while (!room_now(st, bytes + kept) || is_short_locked(st, bytes + kept))
-			if (!make_way_locked(st, foretold)) {
-				if (foretold <= AHEAD_ANYHOW && room_now(st, bytes + kept))
-					break;
-				return;
-			}
+		if (!find_room_locked(st, foretold, bytes + kept))
+			return;
 		if (om_fetch_start_locked(st->store, u->blocks, u->streamed_count, OM_PREFETCH))
 			return; /* it will be fetched when it is needed */
 	}

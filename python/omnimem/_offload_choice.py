@@ -122,6 +122,11 @@ class Model:
     """Why it cannot move, or not now; "": it can."""
 
     @property
+    def seconds(self) -> float:
+        """To come back; 0 where no rate is known."""
+        return self.missing_bytes * (self.seconds_per_byte or 0.0)
+
+    @property
     def cost(self) -> float:
         """Relative cost of a byte: seconds, or where no rate is known, times that it moves."""
         moves = 2.0 if self.writes else 1.0
@@ -301,18 +306,20 @@ def plan_restores(
     return decisions
 
 
-def _lead(seconds: float) -> float:
-    """How long before its use a model begins to come back that takes so many seconds."""
-    return max(_LEAD * seconds, _LEAST_LEAD)
+def _begins(model: Model, now: float) -> float | None:
+    """When a model is to begin to come back; None: when it is used next is not known."""
+    if model.next is None or now > model.next + (model.gap or 0.0):
+        return None
+    return model.next - max(_LEAD * model.seconds, _LEAST_LEAD)
 
 
 def comes_back(model: Model, now: float) -> float:
     """Seconds during which a model that is not in memory need not be looked at; 0: none."""
     if not model.missing_bytes:
         return math.inf
-    if model.next is not None and now <= model.next + (model.gap or 0.0):
-        seconds = model.missing_bytes * (model.seconds_per_byte or 0.0)
-        return max(model.next - _lead(seconds) - now, 0.0)
+    begins = _begins(model, now)
+    if begins is not None:
+        return max(begins - now, 0.0)
     if model.busy or (model.last is not None and now - model.last < _AWAKE):
         return 0.0
     return math.inf
@@ -321,13 +328,13 @@ def comes_back(model: Model, now: float) -> float:
 def _too_early(model: Model, memory: Memory, config: OffloadConfig, now: float) -> str:
     if memory.usage >= config.restore_threshold:
         return f"not below restore_threshold {format_share(config.restore_threshold)}"
-    if model.next is None or now > model.next + (model.gap or 0.0):
+    begins = _begins(model, now)
+    if model.next is None or begins is None:
         return f"when {model.model_id!r} is used next is not known"
-    seconds = model.missing_bytes * (model.seconds_per_byte or 0.0)
-    if now < model.next - _lead(seconds):
+    if now < begins:
         return (
             f"{model.model_id!r} is expected to be used in {model.next - now:.1f} s, and takes "
-            f"{seconds:.2f} s to come back"
+            f"{model.seconds:.2f} s to come back"
         )
     return ""
 

@@ -170,10 +170,9 @@ def check_folder(files: checkpoint.Checkpoint, folder: Path) -> None:
 
 def quantised(files: checkpoint.Checkpoint, folder: Path) -> str:
     """What to say of a checkpoint whose weights were quantised; empty for others."""
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         return ""
-    scheme = parse_json(path.read_bytes(), path, "config").get("quantization_config")
+    scheme = read_config(folder).get("quantization_config")
     coded = (name for name in files.names() if not _FLOATS.match(files.info(name).dtype))
     if not isinstance(scheme, dict) or (name := next(coded, None)) is None:
         return ""
